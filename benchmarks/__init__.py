@@ -1,0 +1,1 @@
+"""The plans: one TOML file, one table."""

@@ -1,0 +1,100 @@
+"""`Case`, one reconstruction in plain values, and its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast, get_args
+
+from dlgbench.errors import UsageError, unknown
+from dlgbench.registry import ROOMS, Spec, Value
+
+PROTOCOL = 1
+"""Part of every case's identity: raise it when the same case would give other numbers."""
+
+DType = Literal["float32", "float64"]
+_POSITIVE = ("batch", "resolution", "classes", "steps")
+_NATURAL = ("image", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Everything that determines a reconstruction, and nothing else.
+
+    ``image`` counts batches of the dataset from 0; ``resolution`` is in pixels; ``channels`` is 1 or
+    3; ``steps`` are steps of the attack's optimiser.
+    """
+
+    network: Spec
+    dataset: Spec
+    attack: Spec
+    defense: Spec
+    batch: int
+    resolution: int
+    preparation: str
+    channels: int
+    classes: int
+    steps: int
+    dtype: DType
+    image: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in [(n, 1) for n in _POSITIVE] + [(n, 0) for n in _NATURAL]:
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}: expected a whole number >= {least}, got {getattr(self, name)}")
+        if self.dtype not in get_args(DType):
+            raise unknown("dtype", self.dtype, get_args(DType))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of the private images, ``(image, channel, height, width)``."""
+        return self.batch, self.channels, self.resolution, self.resolution
+
+    @property
+    def id(self) -> str:
+        """The content hash that names the record: 16 hexadecimal digits."""
+        content = json.dumps([PROTOCOL, self.plain()], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def plain(self) -> dict[str, Any]:
+        """The case as JSON values; `from_plain` is its inverse."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: {"name": value.name, **dict(value.options)} if isinstance(value, Spec) else value
+                for key, value in values.items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Case:
+        """Raises TypeError, ValueError or KeyError where ``plain`` is not what `plain` returns."""
+        values = dict(plain)
+        for room in ROOMS:
+            options = dict(values[room])
+            values[room] = Spec(options.pop("name"), tuple(sorted(options.items())))
+        case = cls(**values)
+        for field in fields(case):
+            wanted = Spec if field.name in ROOMS else str if field.name in ("preparation", "dtype") else int
+            if type(getattr(case, field.name)) is not wanted:
+                raise TypeError(f"{field.name}: expected {wanted.__name__}")
+        return case
+
+    def get(self, path: str) -> Value:
+        """The value of a field such as ``seed``, ``network`` (its name) or ``network.activation``."""
+        name, _, option = path.partition(".")
+        if name not in {field.name for field in fields(self)}:
+            raise unknown("field", name, (field.name for field in fields(self)))
+        value = getattr(self, name)
+        if isinstance(value, Spec):
+            return cast(Value, value.get(option)) if option else value.name
+        return cast(Value, value)
+
+
+def stream(case: Case, purpose: str) -> int:
+    """A seed of 63 bits for one purpose of one case, independent of all other purposes.
+
+    It depends on the case's ``seed`` and ``image`` alone, so that cases that differ in anything else
+    meet the same weights, labels and starts: a comparison is paired.
+    """
+    digest = hashlib.sha256(f"{case.seed}/{case.image}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1

@@ -1,0 +1,129 @@
+"""How near a reconstruction comes to the private images, and what that is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure as ms_ssim,
+)
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+SMALLEST_MSE = 1e-16
+"""Errors below this are rounding, also in float64; it bounds PSNR at 160 dB, so that no value is infinite."""
+SSIM_WINDOW, MS_SSIM_SMALLEST = 11, 161
+RECOGNISABLE_AT_QUARTER = 128
+TIERS = ("failed", "partial", "recognisable", "exact")
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB for data range 1, at most 160."""
+    return -10 * mse.clamp_min(SMALLEST_MSE).log10()
+
+
+def assign(reconstruction: Tensor, truth: Tensor) -> Tensor:
+    """The one-to-one assignment of least total MSE: ``order`` with reconstruction[order[i]] for truth[i].
+
+    Both are ``(image, channel, height, width)``; pairs with an undefined error are taken last.
+    """
+    errors = (truth.flatten(1)[:, None] - reconstruction.flatten(1)[None]).square().mean(-1)
+    finite = errors.double().nan_to_num(nan=1e30, posinf=1e30).cpu().numpy()
+    return torch.as_tensor(linear_sum_assignment(finite)[1], device=truth.device)
+
+
+class Fidelity(Metric):
+    """Per-image fidelity to the truth of images that are already assigned one to one.
+
+    ``update(reconstruction, truth)`` takes ``(image, channel, height, width)``; the truth lies in
+    [0, 1] and the reconstruction is clamped to it.  ``compute`` returns one value per image for
+    ``mse``, ``psnr`` (dB, data range 1), ``pearson``, ``pearson_quarter`` (after 4x4 mean pooling),
+    ``psnr_affine`` (dB, after the best a x + b of the *unclamped* reconstruction, then clamped) and,
+    where the images are large enough for their windows, ``ssim`` (11 px) and ``ms_ssim`` (161 px).
+    """
+
+    full_state_update = False
+    reconstruction: list[Tensor]
+    truth: list[Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("reconstruction", default=[], dist_reduce_fx="cat")
+        self.add_state("truth", default=[], dist_reduce_fx="cat")
+
+    def update(self, reconstruction: Tensor, truth: Tensor) -> None:
+        self.reconstruction.append(reconstruction)
+        self.truth.append(truth)
+
+    def compute(self) -> dict[str, Tensor]:
+        raw, truth = torch.cat(self.reconstruction), torch.cat(self.truth)
+        ours, side = raw.clamp(0, 1), truth.shape[-1]
+        mse = (ours - truth).square().flatten(1).mean(-1)
+        values = {"mse": mse, "psnr": psnr(mse), "pearson": pearson(ours, truth),
+                  "pearson_quarter": pearson(F.avg_pool2d(ours, 4), F.avg_pool2d(truth, 4)),
+                  "psnr_affine": psnr_affine(raw, truth)}  # fmt: skip
+        if side >= SSIM_WINDOW:
+            values["ssim"] = _vector(ssim(ours, truth, data_range=1.0, reduction="none"))
+        if side >= MS_SSIM_SMALLEST:
+            values["ms_ssim"] = _vector(ms_ssim(ours, truth, data_range=1.0, reduction="none", normalize="relu"))
+        return values
+
+
+def pearson(ours: Tensor, truth: Tensor) -> Tensor:
+    """Correlation over all pixels and channels of each image, in [-1, 1]; 0 where one is constant."""
+    a, b = (images.flatten(1) - images.flatten(1).mean(-1, keepdim=True) for images in (ours, truth))
+    scale = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(scale > 0, (a * b).sum(-1) / scale.clamp_min(torch.finfo(a.dtype).tiny), 0).clamp(-1, 1)
+
+
+def psnr_affine(raw: Tensor, truth: Tensor) -> Tensor:
+    """PSNR in dB after the affine map of pixel values, one gain and offset per image, of least MSE."""
+    x, y = raw.flatten(1).double(), truth.flatten(1).double()
+    dx, dy = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    variance = dx.square().sum(-1)
+    gain = torch.where(variance > 0, (dx * dy).sum(-1) / variance.clamp_min(1e-300), 0)
+    mapped = (gain[:, None] * dx + y.mean(-1, keepdim=True)).clamp(0, 1)
+    return psnr((mapped - y).square().mean(-1)).to(raw.dtype)
+
+
+def fidelity(reconstruction: Tensor, truth: Tensor) -> list[dict[str, float]]:
+    """`Fidelity` of one batch as plain numbers, one mapping per image."""
+    metric = Fidelity()
+    metric.update(reconstruction.cpu(), truth.cpu())
+    # compute() squeezes a single image's values to scalars
+    columns = {name: values.reshape(-1).tolist() for name, values in metric.compute().items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def baselines(truth: Tensor) -> dict[str, Tensor]:
+    """What needs no attack: mid grey, and each image's own mean colour (which an attacker lacks)."""
+    mean = truth.mean((-2, -1), keepdim=True)
+    return {"grey": torch.full_like(truth, 0.5), "mean_colour": mean.expand_as(truth)}
+
+
+def tier(metrics: dict[str, float], trivial_psnr: float, side: int) -> str:
+    """The outcome of one image of ``side`` px, given the best trivial baseline's PSNR in dB."""
+    quarter = metrics["pearson_quarter"] if side >= RECOGNISABLE_AT_QUARTER else 0.0
+    if metrics["psnr"] >= 40:
+        return "exact"
+    if metrics["psnr"] >= 20 or metrics.get("ssim", 0.0) >= 0.5 or quarter >= 0.7:
+        return "recognisable"
+    return "partial" if metrics["psnr"] >= trivial_psnr + 1 else "failed"
+
+
+def convergence_step(mse: list[float | None]) -> int | None:
+    """The first step from which the MSE stays within twice its final value; None if that is undefined."""
+    final = mse[-1] if mse else None
+    if final is None:
+        return None
+    outside = [step for step, value in enumerate(mse) if value is None or value > 2 * final]
+    return outside[-1] + 1 if outside else 0
+
+
+def _vector(values: Tensor | tuple[Tensor, ...]) -> Tensor:
+    assert isinstance(values, Tensor)
+    return values.reshape(-1)

@@ -1,0 +1,183 @@
+"""`Plan`: a TOML grid of cases, one table of the benchmark."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from dlgbench.case import Case
+from dlgbench.errors import UsageError, unknown
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Spec, Value
+
+PROFILES = ("quick", "standard", "paper")
+AXES = {"network": None, "dataset": "photos", "attack": "dlg", "defense": "none", "dtype": "float32",
+        "batch": 0, "resolution": 0, "preparation": "", "classes": 0}  # fmt: skip
+"""The axes of a grid and their defaults; 0 and "" leave the choice to the network and the dataset."""
+SIZES = {"images": 1, "seeds": 1, "steps": 300}
+
+
+class DatasetFacts(Protocol):
+    """What a plan needs to know of a dataset."""
+
+    channels: int
+    classes: int | None
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``grid`` lists the values of every axis; ``profiles`` say how many images, seeds and steps.
+
+    A size is a number, or a table from network name to number with a ``default``.
+    """
+
+    name: str
+    title: str
+    grid: Mapping[str, Sequence[Value]]
+    profiles: Mapping[str, Mapping[str, Any]]
+    pins: Mapping[str, Value] = field(default_factory=dict)
+
+    def pin(self, path: str, value: str) -> Plan:
+        """This plan with one field (``steps``, ``network.activation``, …) set for every case."""
+        known = {*AXES, "image", "seed", *SIZES}
+        name, _, option = path.partition(".")
+        if name not in known or (option and name not in ROOMS):
+            raise unknown("field", path, known | {f"{room}.OPTION" for room in ROOMS})
+        return replace(self, pins={**self.pins, path: value})
+
+    def rows(self, profile: str) -> Iterator[dict[str, Any]]:
+        """The unresolved cases: one mapping per point of the grid, image and seed."""
+        sizes = self.profiles.get(profile, {})
+        grid = {axis: self.grid.get(axis, [default]) for axis, default in AXES.items()}
+        grid |= {axis: [value] for axis, value in self.pins.items() if axis in AXES}
+        for point in itertools.product(*grid.values()):
+            row = dict(zip(grid, point, strict=True))
+            network = str(row["network"]).partition(":")[0]
+            size = {key: self._size(key, sizes, network) for key in SIZES}
+            images = [self._whole("image")] if "image" in self.pins else range(size["images"])
+            seeds = [self._whole("seed")] if "seed" in self.pins else range(size["seeds"])
+            for image, seed in itertools.product(images, seeds):
+                yield {**row, "image": image, "seed": seed, "steps": size["steps"]}
+
+    def networks(self) -> list[str]:
+        """The networks of the grid, as specs."""
+        return [str(self.pins["network"])] if "network" in self.pins else list(map(str, self.grid["network"]))
+
+    def _size(self, key: str, sizes: Mapping[str, Any], network: str) -> int:
+        if key in self.pins:
+            return self._whole(key)
+        value = sizes.get(key, SIZES[key])
+        return int(value.get(network, value.get("default", SIZES[key])) if isinstance(value, dict) else value)
+
+    def _whole(self, key: str) -> int:
+        try:
+            return int(self.pins[key])
+        except ValueError:
+            raise UsageError(f"{key}: expected a whole number, got {self.pins[key]!r}") from None
+
+
+def resolve(plan: Plan, row: Mapping[str, Any], dataset: DatasetFacts, data: Spec) -> Case:
+    """The case of one row: specs parsed, and what the plan leaves open filled by network and dataset."""
+    specs = {room.kind: _spec(plan, room.kind, str(row[room.kind])) for room in (NETWORKS, ATTACKS, DEFENSES)}
+    facts = NETWORKS.entry(specs["network"].name).facts
+    return Case(
+        **specs, dataset=data, dtype=row["dtype"], image=row["image"], seed=row["seed"], steps=row["steps"],
+        batch=_number(row, "batch") or facts["batch"],
+        resolution=_number(row, "resolution") or facts["resolution"],
+        preparation=row["preparation"] or facts["preparation"],
+        channels=facts["channels"] or dataset.channels,
+        classes=_number(row, "classes") or dataset.classes or facts["classes"],
+    )  # fmt: skip
+
+
+def dataset_spec(plan: Plan, row: Mapping[str, Any]) -> Spec:
+    """The dataset of one row."""
+    return _spec(plan, "dataset", str(row["dataset"]))
+
+
+def _spec(plan: Plan, kind: str, text: str) -> Spec:
+    room = ROOMS[kind]
+    spec = room.spec(text)
+    pinned = {key.partition(".")[2]: value for key, value in plan.pins.items() if key.startswith(f"{kind}.")}
+    return room.complete(spec.name, {**dict(spec.options), **pinned}) if pinned else spec
+
+
+def _number(row: Mapping[str, Any], key: str) -> int:
+    try:
+        return int(row[key])
+    except ValueError:
+        raise UsageError(f"{key}: expected a whole number, got {row[key]!r}") from None
+
+
+def shipped() -> dict[str, Path]:
+    """The plans of the package, by name; the file is read only when it is asked for."""
+    folder = files("dlgbench.benchmarks")
+    return {Path(item.name).stem: Path(str(item)) for item in sorted(folder.iterdir(), key=lambda i: i.name)
+            if item.name.endswith(".toml")}
+
+
+def find(name: str) -> Plan:
+    """A plan by its name, or by the path of a TOML file of the user's."""
+    known = shipped()
+    if name in known:
+        return load(known[name])
+    if name.endswith(".toml"):
+        return load(Path(name))
+    raise unknown("plan", name, known)
+
+
+def load(path: Path) -> Plan:
+    """Read a plan; raises UsageError that names the file and what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"plan {path}: expected a readable TOML file, got {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"plan {path}: expected TOML, got {error}") from None
+    try:
+        return _plan(path.stem, content)
+    except UsageError as error:
+        raise UsageError(f"plan {path}: {error}") from None
+
+
+def _plan(name: str, content: dict[str, Any]) -> Plan:
+    for key in content:
+        if key not in ("title", "grid", *PROFILES):
+            raise unknown("table", key, ("title", "grid", *PROFILES))
+    grid, profiles = content.get("grid", {}), {key: content.get(key, {}) for key in PROFILES}
+    if not isinstance(grid, dict) or "network" not in grid:
+        raise UsageError("expected a table [grid] with at least network = [...]")
+    _check_keys("axis of [grid]", grid, AXES)
+    for values in grid.values():
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"expected every axis of [grid] to be a list of values, got {values!r}")
+    for profile, sizes in profiles.items():
+        _check_sizes(profile, sizes)
+    plan = Plan(name, str(content.get("title", name)), grid, profiles)
+    for room in ROOMS.values():
+        for text in grid.get(room.kind, []):
+            room.spec(str(text))
+    return plan
+
+
+def _check_keys(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for key in table:
+        if key not in known:
+            raise unknown(kind, key, known)
+
+
+def _check_sizes(profile: str, sizes: Any) -> None:
+    if not isinstance(sizes, dict):
+        raise UsageError(f"expected [{profile}] to be a table, got {sizes!r}")
+    _check_keys(f"size in [{profile}]", sizes, SIZES)
+    for key, value in sizes.items():
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if type(number) is not int or number < 1:
+                raise UsageError(f"{profile}.{key}: expected a whole number >= 1, got {number!r}")

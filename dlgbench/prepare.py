@@ -1,0 +1,148 @@
+"""What makes a classifier a subject of gradient leakage: normalisation, activation, init, dropout."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dlgbench.errors import UsageError, unknown
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid, "relu": F.relu, "tanh": torch.tanh,
+    "softplus": F.softplus, "silu": F.silu, "gelu": F.gelu,
+}  # fmt: skip
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is data, so that a mask can be drawn once, shared, or kept secret."""
+
+    mask: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.shape: torch.Size | None = None  # of the input; noted by `probe`
+        self.register_buffer("mask", torch.ones(1), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.shape = features.shape
+        return features * self.mask
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A mask of the input's shape: 0 with probability p, else 1 / (1 - p)."""
+        assert self.shape is not None
+        keep = torch.full(self.shape, 1 - self.p, dtype=self.mask.dtype, device=generator.device)
+        return torch.bernoulli(keep, generator=generator) / (1 - self.p)
+
+
+class Network(nn.Module):
+    """A classifier whose first layer normalises pixels in [0, 1] and which has one head or more.
+
+    ``heads`` are the weights of the heads' cross entropies in the loss; ``mask_known`` says whether
+    the attacker is given the victim's dropout masks.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
+                 heads: tuple[float, ...] = (1.0,), mask_known: bool = False) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = heads
+        self.mask_known = mask_known
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``(image, class)`` of every head, for images ``(image, channel, height, width)``."""
+        logits = self.body((images - self.mean) / self.std)
+        return tuple(logits) if isinstance(logits, tuple) else (logits,)
+
+    def loss(self, logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Mean cross entropy against label probabilities ``(image, class)``, summed over the heads."""
+        terms = (w * F.cross_entropy(head, labels) for w, head in zip(self.heads, logits, strict=True))
+        return torch.stack(tuple(terms)).sum()
+
+    def draw_masks(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """One fresh dropout mask for every dropout layer, by the name of its buffer."""
+        return {f"{name}.mask": layer.draw(generator)
+                for name, layer in self.named_modules() if isinstance(layer, Dropout)}
+
+
+class _Swap(fx.Transformer):
+    """Replaces ReLU, as a module and as a function; bound to an activation by `replace_activation`."""
+
+    activation: Callable[[Tensor], Tensor]
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.submodules[target], nn.ReLU):
+            return self.activation(args[0])
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in (F.relu, torch.relu, torch.relu_):
+            return self.activation(args[0])
+        return super().call_function(target, args, kwargs)
+
+
+def replace_activation(body: nn.Module, activation: str) -> nn.Module:
+    """``body`` with every ReLU replaced, by a graph transformation; parameters keep their names."""
+    swap = _Swap(fx.symbolic_trace(body))
+    swap.activation = ACTIVATIONS[activation]
+    return swap.transform()
+
+
+def probe(network: Network, shape: tuple[int, ...]) -> None:
+    """Run the network on tensors without storage: raises what it raises, and notes dropout's shapes."""
+    ghost = copy.deepcopy(network).to("meta")
+    ghost(torch.empty(shape, device="meta"))
+    for layer, noted in zip(network.modules(), ghost.modules(), strict=True):
+        if isinstance(layer, Dropout) and isinstance(noted, Dropout):
+            layer.shape = noted.shape
+
+
+def initialise(network: Network, init: str, activation: str) -> None:
+    """Draw the weights: ``default`` (as built), ``uniform:BOUND`` or ``variance_preserving``."""
+    name, _, bound = init.partition(":")
+    if name not in ("default", "uniform", "variance_preserving"):
+        raise unknown("init", name, ("default", "uniform:BOUND", "variance_preserving"))
+    if name == "uniform":
+        _uniform(network, bound)
+    elif name == "variance_preserving":
+        _variance_preserving(network, activation)
+
+
+def _uniform(network: Network, text: str) -> None:
+    """All weights and biases uniform in ±bound, as in Zhu et al.'s code for their LeNet (0.5)."""
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = math.nan
+    if not 0 < bound < math.inf:
+        raise UsageError(f"init: expected uniform:BOUND with a positive number, got 'uniform:{text}'")
+    for parameter in network.parameters():
+        nn.init.uniform_(parameter, -bound, bound)
+
+
+def _variance_preserving(network: Network, activation: str) -> None:
+    """Weights N(0, 1 / (fan_in E[f(z)^2])), zero biases: pre-activations stay N(0, 1) with depth.
+
+    The fixed point q* = 1 of Poole et al. 2016, "Exponential expressivity in deep neural networks
+    through transient chaos", equation 3, with the expectation by Gauss-Hermite quadrature.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    values = ACTIVATIONS[activation](torch.from_numpy(nodes)).numpy()
+    second_moment = float(weights @ values**2 / weights.sum())
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.normal_(layer.weight, std=(second_moment * layer.weight[0].numel()) ** -0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

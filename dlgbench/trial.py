@@ -1,0 +1,178 @@
+"""One trial: a case, its client, its attack and its judge → a record and its pictures."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from dlgbench import provenance
+from dlgbench.attacks.base import Attack, Reconstruction, Task
+from dlgbench.callbacks import Guard, Judge, Progress, TensorBoard, to_uint8
+from dlgbench.case import Case, stream
+from dlgbench.datasets import Dataset
+from dlgbench.leak import Leak, Secret
+from dlgbench.metrics import TIERS, assign, baselines, convergence_step, fidelity, tier
+from dlgbench.prepare import Network
+from dlgbench.records import Record, Status, finite
+from dlgbench.registry import ATTACKS, Value
+from dlgbench.victims import leak_of, network_of, secret_of
+
+MATCHED = 1e-4
+"""Below this relative squared gradient distance a gradient counts as matched."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how trials run: nothing here may change a result beyond rounding."""
+
+    accelerator: str = "auto"
+    timeout: float = float("inf")
+    """Seconds that one trial may take."""
+    tensorboard: Path | None = None
+
+
+class Frozen:
+    """A data loader that yields the same leak at every step."""
+
+    def __init__(self, leak: Leak, steps: int) -> None:
+        self.leak = leak
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Leak]:
+        return repeat(self.leak, self.steps)
+
+
+Show = Callable[[int, float, float], None]
+"""Told the step, the objective and the PSNR (dB, NaN where undefined) after every step."""
+
+
+def run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record, bytes]:
+    """Run one case; whatever fails inside the trial becomes a record of the failure.
+
+    Returns the record and its pictures (an ``npz`` file, empty where there are none).
+    """
+    try:
+        return _run(case, dataset, setup, show)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _failure(case, "oom", error), b""
+    except Exception as error:  # recorded as a failure, counted in every table, and the exit code is 1
+        full = "can't allocate memory" in str(error)  # what torch's CPU allocator says
+        return _failure(case, "oom" if full else "error", error), b""
+
+
+def _run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record, bytes]:
+    provenance.exact_float32()
+    guard, logger = Guard(setup.timeout), _logger(case, setup.tensorboard)
+    device = _device(setup.accelerator)
+    network = network_of(case).to(device)
+    secret = Secret(*(tensor.to(device) for tensor in secret_of(case, dataset)))
+    leak, judge = leak_of(case, network, secret), Judge(secret, case.steps)
+    attack = attack_on(case, network)
+    callbacks = [judge, guard, Progress(judge, show), *([TensorBoard(judge)] if logger else [])]
+    meter = provenance.Meter()
+    _trainer(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
+    cost = meter.stop(device)
+    found = attack.finish(leak)
+    record = _record(case, found, attack, judge, guard.verdict)
+    record = replace(record, cost=cost, provenance=provenance.facts(device))
+    if logger:
+        logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in _finals(record).items()})
+        logger.finalize("success")
+    return record, _pictures(judge, found)
+
+
+def attack_on(case: Case, network: Network) -> Attack:
+    """The attack of one case, with the attacker's own randomness."""
+    generator = torch.Generator().manual_seed(stream(case, "attack"))
+    attack: Attack = ATTACKS.make(case.attack, network, Task(*case.shape, case.classes, [generator]))
+    return attack
+
+
+def _record(case: Case, found: Reconstruction, attack: Attack, judge: Judge, verdict: Status | None) -> Record:
+    order = assign(found.images[0].clamp(0, 1), judge.images)
+    images = fidelity(found.images[0][order], judge.images)
+    trivial = {name: fidelity(picture, judge.images) for name, picture in baselines(judge.images).items()}
+    labels = found.labels[0].argmax(-1)[order].tolist()
+    for index, (image, label, truth) in enumerate(zip(images, labels, judge.labels.tolist(), strict=True)):
+        bar = max(rows[index]["psnr"] for rows in trivial.values())
+        image |= {"outcome": tier(image, bar, case.resolution), "label": truth, "label_found": label}
+    outcome = min((str(image["outcome"]) for image in images), key=TIERS.index)
+    relative = finite(float(found.relative[0]))
+    trace = [finite(float(objective[0])) for objective in attack.trace]
+    return Record(
+        case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=trivial,
+        objective=finite(float(found.objective[0])), relative=relative, closures=attack.closures,
+        flags=_flags(outcome, relative, verdict, judge.labels.tolist()),
+        history={"objective": trace, **judge.history},
+        convergence_step=None if outcome == "failed" else convergence_step(judge.history["mse"]),
+    )  # fmt: skip
+
+
+def _flags(outcome: str, relative: float | None, verdict: str | None, labels: list[int]) -> tuple[str, ...]:
+    found = {
+        "matched-but-wrong": outcome == "failed" and relative is not None and relative < MATCHED,
+        "diverged": verdict == "diverged",
+        "duplicate-labels": len(set(labels)) < len(labels),
+    }
+    return tuple(name for name, holds in found.items() if holds)
+
+
+def _failure(case: Case, status: Status, error: BaseException) -> Record:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return Record(case=case, status=status, reason=reason, provenance=provenance.facts(torch.device("cpu")))
+
+
+def _device(accelerator: str) -> torch.device:
+    return _trainer(accelerator, None, []).strategy.root_device
+
+
+def _trainer(accelerator: str, logger: TensorBoardLogger | None, callbacks: list[pl.Callback]) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=accelerator, devices=1, max_epochs=1, logger=logger or False, callbacks=callbacks,
+        log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+
+def _logger(case: Case, folder: Path | None) -> TensorBoardLogger | None:
+    if folder is None:
+        return None
+    shutil.rmtree(folder / case.id, ignore_errors=True)  # what a killed trial left would be drawn twice
+    return TensorBoardLogger(folder, name="", version=case.id, default_hp_metric=False)
+
+
+def _flat(case: Case) -> dict[str, Value]:
+    """The case as TensorBoard's hparams: strings and numbers only."""
+    return {key: str(getattr(case, key)) if isinstance(value, dict) else value for key, value in case.plain().items()}
+
+
+def _finals(record: Record) -> dict[str, float]:
+    means = {name: [row[name] for row in record.images] for name in ("mse", "psnr", "ssim") if name in record.images[0]}
+    finals: dict[str, float | None] = {name: sum(values) / len(values) for name, values in means.items()}
+    finals |= {"objective": record.objective, "relative": record.relative}
+    return {name: value for name, value in finals.items() if value is not None}
+
+
+def _pictures(judge: Judge, found: Reconstruction) -> bytes:
+    """Arrays of 8-bit pixels ``(frame, image, height, width, channel)``; read without pickle."""
+    order = assign(found.images[0].clamp(0, 1), judge.images)
+    file = io.BytesIO()
+    np.savez_compressed(
+        file, private=to_uint8(judge.images)[None], reconstruction=to_uint8(found.images[0][order])[None],
+        evolution=np.stack(list(judge.frames.values())), steps=np.array(list(judge.frames)),
+    )  # fmt: skip
+    return file.getvalue()

@@ -1,0 +1,55 @@
+"""The clients: a case → the leak that an attack trains on, and the secret that a judge holds.
+
+This is no LightningDataModule: a Trainer hands its data module to the module it trains, and an
+attack must not be able to reach the secret.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dlgbench import datasets, networks
+from dlgbench.case import Case, stream
+from dlgbench.datasets import Dataset
+from dlgbench.leak import Leak, Secret, Tensors, gradients
+from dlgbench.prepare import Network
+from dlgbench.registry import DEFENSES
+
+
+def network_of(case: Case) -> Network:
+    """The case's network with the case's weights; raises `Unsuitable` with the reason to skip it."""
+    dtype = getattr(torch, case.dtype)
+    return networks.build(case.network, case.shape, case.classes, stream(case, "weights"), dtype)
+
+
+def secret_of(case: Case, dataset: Dataset) -> Secret:
+    """The private batch of one case; images that carry no class get one drawn from the case's seed."""
+    indices = [(case.image * case.batch + i) % len(dataset) for i in range(case.batch)]
+    images = [datasets.prepare(dataset.image(i), case.resolution, case.preparation, case.channels)
+              for i in indices]
+    drawn = torch.randint(case.classes, (case.batch,), generator=_generator(case, "labels")).tolist()
+    labels = [d if (k := dataset.label(i)) is None else k for i, d in zip(indices, drawn, strict=True)]
+    return Secret(torch.stack(images).to(getattr(torch, case.dtype))[None], torch.tensor(labels)[None])
+
+
+def leak_of(case: Case, network: Network, secret: Secret) -> Leak:
+    """What the client of one case shares after one backward pass over its private batch."""
+    weights = {name: tensor.detach() for name, tensor in network.named_parameters()}
+    state = {name: tensor for name, tensor in network.named_buffers() if name.startswith("body.")}
+    device = secret.images.device
+    masks = {name: m.to(device) for name, m in network.draw_masks(_generator(case, "dropout")).items()}
+    labels = F.one_hot(secret.labels[0], case.classes).to(network.mean)
+    private = gradients(network, weights, {**state, **masks}, secret.images[0], labels)
+    defend = DEFENSES.make(case.defense)
+    shared = defend(private, _generator(case, "defense", device))
+    declared = {name: tensor for name, tensor in state.items() if name not in masks}
+    return Leak(*map(_one_case, (weights, {**declared, **(masks if network.mask_known else {})}, shared)))
+
+
+def _one_case(tensors: Tensors) -> Tensors:
+    return {name: tensor[None] for name, tensor in tensors.items()}
+
+
+def _generator(case: Case, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(stream(case, purpose))
