@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlgbench.errors import UsageError
 from dlgbench.registry import DEFENSES
 
 
@@ -27,16 +26,12 @@ class NoDefense:
         return gradients
 
 
-@DEFENSES.register("noise")
+@DEFENSES.register("noise", positive=("std",))
 @dataclass(frozen=True)
 class GaussianNoise:
     """Gaussian noise on every coordinate (Zhu et al. 2019, section 5.1)."""
 
     std: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise UsageError(f"noise: expected std > 0, got {self.std}; for no noise use defense 'none'")
 
     def __call__(self, gradients: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         return {

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 NEEDED = "torch>=2.11 torchvision>=0.26 torchmetrics pytorch-lightning>=2.6.4 tensorboard rich scikit-image"
 IMPORTED = ("torch", "torchvision", "torchmetrics", "pytorch-lightning")
-MALICIOUS = ("pytorch-lightning 2.6.2", "pytorch-lightning 2.6.3")  # so that importing it does the harm
+MALICIOUS = ("pytorch-lightning 2.6.2", "pytorch-lightning 2.6.3")  # never to be imported
 PAIR = "pip install --upgrade --force-reinstall torch torchvision"  # either alone may not fit the other
 MENDS = {"python": "install Python 3.11 or newer", "torch": PAIR, "torchvision": PAIR}
 DRIVER = "check CUDA_VISIBLE_DEVICES, the driver and the torch build: https://pytorch.org/get-started/locally"

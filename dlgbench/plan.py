@@ -135,12 +135,13 @@ def find(name: str) -> Plan:
 def load(path: Path) -> Plan:
     """Read a plan; raises UsageError that names the file and what is wrong with it."""
     try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        content = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"plan {path}: expected a readable TOML file, got {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"plan {path}: expected TOML, got {error}") from None
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        fault = str(error).replace("at end of document", f"at line {len(text.splitlines())}, the end")
+        raise UsageError(f"plan {path}: expected TOML, got {fault}") from None
     try:
         return _plan(path.stem, content)
     except UsageError as error:

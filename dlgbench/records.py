@@ -49,9 +49,9 @@ class Record:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def failed(self) -> bool:
-        """Whether the trial did not run to its end."""
-        return self.status not in ("done", "skipped")
+    def broken(self) -> bool:
+        """Whether the trial could not be run to a result; a diverged attack *is* a result."""
+        return self.status in ("timeout", "oom", "error")
 
 
 def encode(record: Record) -> str:
@@ -135,7 +135,12 @@ class Manifest:
     plan: str
     title: str
     profile: str
-    ids: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+    @property
+    def ids(self) -> list[str]:
+        """The cases' ids, in order."""
+        return [case.id for case in self.cases]
 
     @property
     def name(self) -> str:
@@ -144,19 +149,22 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it to ``folder/name.json``."""
-        write(folder / f"{self.name}.json", (json.dumps(asdict(self), indent=1) + "\n").encode())
+        body = {"plan": self.plan, "title": self.title, "profile": self.profile,
+                "cases": [case.plain() for case in self.cases]}
+        write(folder / f"{self.name}.json", (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def manifests(folder: Path) -> list[Manifest]:
     """Every manifest in ``folder``, by name; raises UsageError for a damaged one."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Manifest(**{**content, "ids": tuple(map(str, content["ids"]))}))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{path}: expected a plan's manifest, got {error}; run the plan again") from None
-    return found
+    return [_manifest(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return Manifest(**{**body, "cases": tuple(map(Case.from_plain, body["cases"]))})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: expected the manifest of a run, got {error}; run its plan again") from None
 
 
 def finite(value: float) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,7 +82,10 @@ class Room:
     factories: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def register(self, name: str, **facts: Any) -> Callable[[Factory], Factory]:
-        """Decorate a factory; ``facts`` must be literals, since they are read from the source."""
+        """Decorate a factory; ``facts`` must be literals, since they are read from the source.
+
+        The fact ``positive`` names the options that must be greater than 0 and finite.
+        """
 
         def remember(factory: Factory) -> Factory:
             if name in self.factories:
@@ -120,7 +124,17 @@ class Room:
             if value is None:
                 raise UsageError(f"{self.kind} {name!r} needs a value: write {name}:{key}=…")
             values.append((key, option.read(value)))
+        for key in entry.facts.get("positive", ()):
+            if not 0 < dict(values)[key] < math.inf:  # type: ignore[operator]
+                raise UsageError(f"{self.kind} {name!r}: expected {key} > 0, got {dict(values)[key]}")
         return Spec(name, tuple(values))
+
+    def brief(self, spec: Spec) -> str:
+        """``spec`` with only those options that are not their defaults, for people to read."""
+        known = self.entries[spec.name].options if spec.name in self.entries else {}
+        told = tuple((key, value) for key, value in spec.options
+                     if key not in known or known[key].default != value)
+        return str(Spec(spec.name, told))
 
     def make(self, spec: Spec, *context: Any) -> Any:
         """Import the entry's module and call its factory with ``context`` and the options."""

@@ -76,14 +76,14 @@ def run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record,
 def _run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record, bytes]:
     provenance.exact_float32()
     guard, logger = Guard(setup.timeout), _logger(case, setup.tensorboard)
-    device = _device(setup.accelerator)
+    device = device_of(setup.accelerator)
     network = network_of(case).to(device)
     secret = Secret(*(tensor.to(device) for tensor in secret_of(case, dataset)))
     leak, judge = leak_of(case, network, secret), Judge(secret, case.steps)
     attack = attack_on(case, network)
     callbacks = [judge, guard, Progress(judge, show), *([TensorBoard(judge)] if logger else [])]
     meter = provenance.Meter()
-    _trainer(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
+    trainer_on(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
     cost = meter.stop(device)
     found = attack.finish(leak)
     record = _record(case, found, attack, judge, guard.verdict)
@@ -136,11 +136,13 @@ def _failure(case: Case, status: Status, error: BaseException) -> Record:
     return Record(case=case, status=status, reason=reason, provenance=provenance.facts(torch.device("cpu")))
 
 
-def _device(accelerator: str) -> torch.device:
-    return _trainer(accelerator, None, []).strategy.root_device
+def device_of(accelerator: str) -> torch.device:
+    """The device that Lightning chooses; raises what it raises where there is none."""
+    return trainer_on(accelerator, None, []).strategy.root_device
 
 
-def _trainer(accelerator: str, logger: TensorBoardLogger | None, callbacks: list[pl.Callback]) -> pl.Trainer:
+def trainer_on(accelerator: str, logger: TensorBoardLogger | None, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A Trainer that runs one epoch, one step a batch, and adds nothing of its own."""
     return pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=1, logger=logger or False, callbacks=callbacks,
         log_every_n_steps=1,

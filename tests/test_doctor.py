@@ -1,5 +1,6 @@
 """The doctor on this machine, and on fakes of all that can be broken; one real import of torch in all."""
 
+import configparser
 import importlib.metadata
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from dlgbench import doctor
 from dlgbench.doctor import Finding, broken, examine
@@ -102,6 +105,15 @@ def test_the_doctor_itself_does_not_import_torch() -> None:
     code = "import sys, dlgbench.doctor; sys.exit(bool({'torch', 'rich', 'skimage'} & sys.modules.keys()))"
     root = Path(doctor.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_the_floors_are_those_of_the_installation() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    installed = [Requirement(text) for text in setup["options"]["install_requires"].split()]
+    for needed in map(Requirement, doctor.NEEDED.split()):
+        (same,) = [other for other in installed if other.name == needed.name]
+        assert needed.specifier in (same.specifier, SpecifierSet())
 
 
 @pytest.mark.usefixtures("install")

@@ -11,7 +11,7 @@ from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
 
 
-@ATTACKS.register("dlg")
+@ATTACKS.register("dlg", positive=("learning_rate", "history", "iterations"))
 class DLG(Attack):
     """Images and soft labels together, squared distance, L-BFGS (Zhu et al. 2019, algorithm 1).
 

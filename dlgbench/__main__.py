@@ -1,0 +1,7 @@
+"""``python -m dlgbench``."""
+
+import sys
+
+from dlgbench.cli import main
+
+sys.exit(main())

@@ -1,0 +1,209 @@
+"""The command line: it reads arguments, calls one function each, and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from dlgbench import __version__
+from dlgbench.errors import EnvironmentBroken, UsageError
+
+if TYPE_CHECKING:
+    from dlgbench.records import Manifest
+    from dlgbench.store import Store
+
+OK, FAILED, USAGE, OUT_OF_TIME, BROKEN = range(5)
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOBAL_RANK", "NODE_RANK")
+
+
+class Stopped(BaseException):
+    """A signal asked us to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 well, 1 a trial broke, 2 usage, 3 out of time,
+    4 environment broken, 130 and 143 on SIGINT and SIGTERM."""
+    options = parser().parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        code: int = options.command(options)
+        sys.stdout.flush()
+    except UsageError as error:
+        return _complain(str(error), USAGE)
+    except EnvironmentBroken as error:
+        return _complain(str(error), BROKEN)
+    except Stopped as stopped:
+        return _complain("stopped; the finished trials are saved, and the same command goes on", 128 + stopped.number)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    top = argparse.ArgumentParser(prog="dlgbench", description="Does this gradient leak my data?")
+    top.add_argument("--version", action="version", version=f"dlgbench {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _run_arguments(_command(commands, "run", run, "run the trials of plans and print their leaderboards"))
+    _command(commands, "list", list_names, "list plans, networks, datasets, attacks and defenses")
+    table = _command(commands, "table", tables, "print the leaderboards of finished runs")
+    table.add_argument("plans", nargs="*", metavar="PLAN", help="only these plans' tables")
+    table.add_argument("--format", choices=("rich", "md", "csv", "tex"), default="rich", help="default: rich")
+    show = _command(commands, "show", show_record, "show everything that is known of one trial")
+    show.add_argument("id", metavar="ID", help="the record's id, or its first digits")
+    _command(commands, "doctor", doctor, "say what is wrong with this installation, and the remedy")
+    return top
+
+
+def _command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: object,
+             text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(command=function)
+    command.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results (default: runs)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return command
+
+
+def _run_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("plans", nargs="+", metavar="PLAN", help="a plan's name, a TOML file, or 'all'")
+    add("--profile", choices=("quick", "standard", "paper"), default="quick", help="default: quick")
+    add("--only", action="append", default=[], metavar="FIELD=VALUE",
+        help="only cases with this value, e.g. network=resnet18 or network.activation=relu; repeat a field for 'or'")
+    add("--set", action="append", default=[], dest="pins", metavar="FIELD=VALUE",
+        help="set a field for all cases, e.g. network.activation=relu or batch=2")
+    for name in ("seeds", "images", "steps"):
+        add(f"--{name}", type=_positive, metavar="N", help=f"number of {name}, instead of the profile's")
+    add("--dtype", help="float32 or float64 (default: the plan's)")
+    add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    add("--devices", type=_positive, default=1, metavar="N", help="only 1: trials are independent (see README)")
+    add("--data-root", type=Path, metavar="DIR", help="where torchvision's datasets lie")
+    add("--dry-run", action="store_true", help="list the cases, cached or missing, and estimate the time")
+    add("--limit", type=_positive, metavar="N", help="only the first N cases; their rows are partial")
+    add("--time-limit", type=float, default=float("inf"), metavar="MINUTES", help="stop the run after this time")
+    add("--trial-timeout", type=float, default=float("inf"), metavar="MINUTES", help="give up on a trial after this")
+    add("--retry-failed", action="store_true", help="repeat trials that broke (error, out of memory, timeout)")
+    add("--force", action="store_true", help="repeat all trials")
+
+
+def run(options: argparse.Namespace) -> int:
+    """``dlgbench run``."""
+    _quiet()
+    try:
+        from dlgbench import session
+    except Exception as error:  # whatever an unusable torch raises at import
+        raise EnvironmentBroken(f"expected a working torch, got {type(error).__name__}: {error}; "
+                                "run `dlgbench doctor` for the remedy") from error
+    return session.run(options, _console(options))
+
+
+def list_names(options: argparse.Namespace) -> int:
+    """``dlgbench list``."""
+    from dlgbench import listing
+
+    print(listing.as_json()) if options.json else _console(options).print(listing.tables(), soft_wrap=False)
+    return OK
+
+
+def tables(options: argparse.Namespace) -> int:
+    """``dlgbench table``."""
+    from dlgbench import records
+    from dlgbench.store import Store
+
+    store = Store(options.out)
+    wanted = [m for m in records.manifests(store.plans) if not options.plans or m.plan in options.plans]
+    if not wanted:
+        raise UsageError(f"expected runs in {options.out}, got none{' of these plans' if options.plans else ''}; "
+                         "start one with `dlgbench run all` or name another directory with --out")
+    for manifest in wanted:
+        print_table(_console(options), store, manifest, "json" if options.json else options.format)
+    return OK
+
+
+def print_table(console: Console, store: Store, manifest: Manifest, form: str) -> None:
+    """One plan's table, and the damaged records that are missing from it."""
+    from dlgbench import leaderboard, render
+
+    found, damaged = store.load(manifest.cases)
+    for path, fault in damaged.items():
+        _complain(f"{path}: damaged record left out ({fault}); run the plan again to repair it", OK)
+    rows = leaderboard.table(manifest, found)
+    title = f"{manifest.title} ({manifest.profile} profile)"
+    if form == "rich":
+        console.print(render.rich_table(title, rows, console.width))
+    else:
+        sys.stdout.write(render.FORMATS[form](title, rows))
+
+
+def show_record(options: argparse.Namespace) -> int:
+    """``dlgbench show``."""
+    from dlgbench import records
+    from dlgbench.store import Store
+
+    folder = Store(options.out).records
+    found = sorted(path for path in folder.glob("*.json") if path.stem.startswith(options.id))
+    if len(found) != 1:
+        raise UsageError(f"expected the id of one record in {folder}, got {options.id!r}, which fits {len(found)}")
+    try:
+        record = records.load(found[0])
+    except records.Damaged as error:
+        raise UsageError(f"{found[0]}: expected a sound record, got {error}; run its plan again") from None
+    text = records.encode(record)
+    sys.stdout.write(text) if options.json else _console(options).print_json(text)
+    return OK
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """``dlgbench doctor``."""
+    from dlgbench import doctor, listing
+
+    findings = doctor.examine(options.out)
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        _console(options).print(listing.findings(findings))
+    return BROKEN if doctor.broken(findings) else OK
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def _quiet() -> None:
+    """Before Lightning is imported: no launcher's variables, and none of its own deprecations."""
+    for name in [n for n in os.environ if n in LAUNCHER_VARIABLES or n.startswith("SLURM_")]:
+        del os.environ[name]  # with them, the loggers of all but one process write nothing
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning_utilities")
+
+
+def _console(options: argparse.Namespace) -> Console:
+    """Where people read; with --json that is standard error, since standard output is for programs."""
+    return Console(stderr=options.json)
+
+
+def _complain(message: str, code: int) -> int:
+    Console(stderr=True).print(message, style="red" if code else "yellow", markup=False, highlight=False,
+                               soft_wrap=True)
+    return code
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)

@@ -1,0 +1,93 @@
+"""The progress of a run: one live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dlgbench.case import Case
+from dlgbench.records import Record
+from dlgbench.registry import ATTACKS, NETWORKS
+from dlgbench.render import printable
+
+COLOURS = {"exact": "green", "recognisable": "green", "partial": "yellow", "failed": "red"}
+
+
+def label(case: Case) -> str:
+    """A case in a few words."""
+    return printable(f"{NETWORKS.brief(case.network)} {ATTACKS.brief(case.attack)} "
+                     f"{case.dataset.name}[{case.image}] seed {case.seed}")
+
+
+def verdict(record: Record) -> Text:
+    """How a trial ended, in a line."""
+    style = COLOURS[record.outcome] if record.images else "yellow" if record.status == "skipped" else "red"
+    text = Text(record.outcome if record.status == "done" else record.status, style=style)
+    if record.images:
+        psnr = sum(image["psnr"] for image in record.images) / len(record.images)
+        text.append(f"  {psnr:.1f} dB in {record.closures} closures, {record.cost['seconds']:.0f} s", style="default")
+    if record.reason:
+        text.append(f"  {printable(record.reason)}", style="default")
+    return text
+
+
+class Lines:
+    """A line per trial, for logs and pipes."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console = console
+        self.total = total
+        self.count = 0
+
+    def live(self) -> AbstractContextManager[Any]:
+        """What to hold open while trials run."""
+        return nullcontext()
+
+    def begin(self, case: Case) -> None:
+        self.count += 1
+
+    def step(self, case: Case, step: int, objective: float, psnr: float) -> None:
+        return
+
+    def end(self, record: Record) -> None:
+        line = Text.assemble(f"[{self.count}/{self.total}] {label(record.case)}: ", verdict(record))
+        self.console.print(line, soft_wrap=True, highlight=False)
+
+
+class Bars(Lines):
+    """A bar for the grid and one for every running trial, above them a line per finished trial."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        super().__init__(console, total)
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self.grid = self.progress.add_task("all trials", total=total, note="")
+        self.trials: dict[str, TaskID] = {}
+
+    def live(self) -> AbstractContextManager[Any]:
+        return self.progress
+
+    def begin(self, case: Case) -> None:
+        super().begin(case)
+        self.trials[case.id] = self.progress.add_task(label(case), total=case.steps, note="")
+
+    def step(self, case: Case, step: int, objective: float, psnr: float) -> None:
+        shown = "–" if math.isnan(psnr) else f"{psnr:.1f} dB"
+        self.progress.update(self.trials[case.id], completed=step, note=f"objective {objective:.1e}  {shown}")
+
+    def end(self, record: Record) -> None:
+        self.progress.remove_task(self.trials.pop(record.case.id))
+        self.progress.advance(self.grid)
+        super().end(record)
+
+
+def display(console: Console, total: int) -> Lines:
+    """Bars on a terminal, lines elsewhere."""
+    return Bars(console, total) if console.is_terminal else Lines(console, total)

@@ -1,0 +1,106 @@
+"""Plans and filters → the cases of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dlgbench import networks
+from dlgbench.case import Case
+from dlgbench.datasets import Dataset
+from dlgbench.errors import Unsuitable, UsageError
+from dlgbench.plan import Plan, dataset_spec, resolve
+from dlgbench.records import Manifest
+from dlgbench.registry import DATASETS, DEFENSES, ROOMS, Spec
+
+LARGEST_STEP = 25
+"""Closures in one step of L-BFGS at most: torch stops at 1.25 times its 20 iterations."""
+
+
+class Data:
+    """The datasets of a run, each opened once."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+        self._open: dict[Spec, Dataset] = {}
+
+    def __call__(self, spec: Spec) -> Dataset:
+        if spec not in self._open:
+            self._open[spec] = DATASETS.make(spec, self.root)
+        return self._open[spec]
+
+
+def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Manifest:
+    """The cases of ``plan`` whose every field in ``only`` has one of the values given for it.
+
+    Raises UsageError for whatever a user could have got wrong, before anything is computed.
+    """
+    cases = tuple(dict.fromkeys(_cases(plan, profile, only, data)))
+    if not cases:
+        wanted = ", ".join(f"{path}={'|'.join(values)}" for path, values in only.items())
+        raise UsageError(f"plan {plan.name!r}: expected at least one case with {wanted}, got none")
+    for defense in {case.defense for case in cases}:
+        DEFENSES.make(defense)  # factories check what names and types cannot tell
+    for case in cases:
+        why_not(case, data)
+    return Manifest(plan.name, plan.title, profile, cases)
+
+
+def why_not(case: Case, data: Data) -> str | None:
+    """Why this case cannot be run, or None."""
+    known = data(case.dataset).classes
+    if known is not None and known > case.classes:
+        return f"{case.dataset} has {known} classes, more than the network's {case.classes}"
+    return _refusal(case.network, case.shape, case.classes)
+
+
+def most_seconds(case: Case, closure_seconds: float, usual: tuple[int, int]) -> float:
+    """An upper estimate on two CPU cores; ``usual`` is the network's own batch and resolution."""
+    size = case.batch * case.resolution**2 / (usual[0] * usual[1] ** 2)
+    return case.steps * LARGEST_STEP * closure_seconds * max(size, 0.5)
+
+
+def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:
+    for path, values in only.items():
+        if path in ROOMS:
+            for value in values:
+                ROOMS[path].spec(value)
+    for row in plan.rows(profile):
+        if _named(row, only):  # first, since --set may name options that other networks lack
+            spec = dataset_spec(plan, row)
+            case = resolve(plan, row, data(spec), spec)
+            if all(_matches(case, path, values) for path, values in only.items()):
+                yield case
+
+
+def _named(row: Mapping[str, Any], only: Mapping[str, Sequence[str]]) -> bool:
+    return all(str(row[room]).partition(":")[0] in [value.partition(":")[0] for value in only[room]]
+               for room in ROOMS if room in only)
+
+
+def _matches(case: Case, path: str, values: Sequence[str]) -> bool:
+    value = case.get(path)
+    if path in ROOMS:
+        spec = getattr(case, path)
+        return any(text == spec.name or (":" in text and ROOMS[path].spec(text) == spec) for text in values)
+    return any(_same(value, text) for text in values)
+
+
+def _same(value: object, text: str) -> bool:
+    if isinstance(value, float):
+        try:
+            return value == float(text)
+        except ValueError:
+            return False
+    return str(value).lower() == text.lower()
+
+
+@cache
+def _refusal(network: Spec, shape: tuple[int, int, int, int], classes: int) -> str | None:
+    try:
+        networks.build(network, shape, classes, seed=0)
+    except Unsuitable as reason:
+        return str(reason)
+    return None

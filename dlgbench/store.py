@@ -1,0 +1,75 @@
+"""`Store`: the output directory, and nothing outside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlgbench import leaderboard, records, render
+from dlgbench.case import Case
+from dlgbench.errors import UsageError
+from dlgbench.records import Manifest, Record
+
+
+@dataclass(frozen=True)
+class Store:
+    """``records/ID.json``, ``pictures/ID.npz``, ``plans/``, ``tables/``, ``plots/``, ``tensorboard/ID``."""
+
+    root: Path
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records"
+
+    @property
+    def pictures(self) -> Path:
+        return self.root / "pictures"
+
+    @property
+    def plans(self) -> Path:
+        return self.root / "plans"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def prepare(self) -> None:
+        """Make the directory; raises UsageError where nothing can be written."""
+        try:
+            for folder in (self.records, self.pictures, self.plans):
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise UsageError(f"--out {self.root}: expected a directory to write to, got {error.strerror}") from None
+
+    def put(self, record: Record, pictures: bytes) -> None:
+        """Save a trial: the record comes last, so that where it is, all is."""
+        if pictures:
+            records.write(self.pictures / f"{record.case.id}.npz", pictures)
+        records.save(record, self.records)
+
+    def load(self, cases: Iterable[Case]) -> tuple[dict[str, Record], dict[Path, str]]:
+        """The sound records of ``cases`` by id, and the damaged files with their faults."""
+        return records.load_all(self.records, [case.id for case in cases])
+
+    def tabulate(self, manifest: Manifest) -> list[Path]:
+        """Write the plan's table in every format."""
+        found, _ = self.load(manifest.cases)
+        rows = leaderboard.table(manifest, found)
+        paths = []
+        for suffix, rendered in render.FORMATS.items():
+            path = self.root / "tables" / f"{manifest.name}.{suffix}"
+            records.write(path, rendered(f"{manifest.title} ({manifest.profile} profile)", rows).encode())
+            paths.append(path)
+        return paths
+
+    def plot(self, manifest: Manifest) -> list[Path]:
+        """Draw the plan's plots."""
+        from dlgbench import plots  # matplotlib takes half a second
+
+        found, _ = self.load(manifest.cases)
+        ordered = [found[i] for i in manifest.ids if i in found]
+        return plots.draw(ordered, self.pictures, self.root / "plots" / manifest.name)
