@@ -86,7 +86,9 @@ class Progress(pl.Callback):
     ) -> None:
         assert isinstance(attack, Attack)
         psnr = self.judge.history["psnr"][-1]
-        self.show(batch_idx + 1, float(attack.trace[-1][self.judge.row]), float("nan") if psnr is None else psnr)
+        self.show(
+            batch_idx + 1, float(attack.trace[-1][self.judge.row]), float("nan") if psnr is None else psnr
+        )
 
 
 class TensorBoard(pl.Callback):

@@ -62,8 +62,10 @@ class Case:
     def plain(self) -> dict[str, Any]:
         """The case as JSON values; `from_plain` is its inverse."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: {"name": value.name, **dict(value.options)} if isinstance(value, Spec) else value
-                for key, value in values.items()}
+        return {
+            key: {"name": value.name, **dict(value.options)} if isinstance(value, Spec) else value
+            for key, value in values.items()
+        }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Case:

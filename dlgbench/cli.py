@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EnvironmentBroken as error:
         return _complain(str(error), BROKEN)
     except Stopped as stopped:
-        return _complain("stopped; the finished trials are saved, and the same command goes on", 128 + stopped.number)
+        return _complain(
+            "stopped; the finished trials are saved, and the same command goes on", 128 + stopped.number
+        )
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -71,11 +73,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: object,
-             text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: object, text: str
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(command=function)
-    command.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results (default: runs)")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs"), metavar="DIR", help="results (default: runs)"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     return command
 
@@ -84,21 +89,52 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("plans", nargs="+", metavar="PLAN", help="a plan's name, a TOML file, or 'all'")
     add("--profile", choices=("quick", "standard", "paper"), default="quick", help="default: quick")
-    add("--only", action="append", default=[], metavar="FIELD=VALUE",
-        help="only cases with this value, e.g. network=resnet18 or network.activation=relu; repeat a field for 'or'")
-    add("--set", action="append", default=[], dest="pins", metavar="FIELD=VALUE",
-        help="set a field for all cases, e.g. network.activation=relu or batch=2")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only cases with this value, e.g. network=resnet18 or seed=3; repeat a field for 'or'",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        dest="pins",
+        metavar="FIELD=VALUE",
+        help="set a field for all cases, e.g. network.activation=relu or batch=2",
+    )
     for name in ("seeds", "images", "steps"):
         add(f"--{name}", type=_positive, metavar="N", help=f"number of {name}, instead of the profile's")
     add("--dtype", help="float32 or float64 (default: the plan's)")
     add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
-    add("--devices", type=_positive, default=1, metavar="N", help="only 1: trials are independent (see README)")
+    add(
+        "--devices",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="only 1: trials are independent (see README)",
+    )
     add("--data-root", type=Path, metavar="DIR", help="where torchvision's datasets lie")
     add("--dry-run", action="store_true", help="list the cases, cached or missing, and estimate the time")
     add("--limit", type=_positive, metavar="N", help="only the first N cases; their rows are partial")
-    add("--time-limit", type=float, default=float("inf"), metavar="MINUTES", help="stop the run after this time")
-    add("--trial-timeout", type=float, default=float("inf"), metavar="MINUTES", help="give up on a trial after this")
-    add("--retry-failed", action="store_true", help="repeat trials that broke (error, out of memory, timeout)")
+    add(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="MINUTES",
+        help="stop the run after this time",
+    )
+    add(
+        "--trial-timeout",
+        type=float,
+        default=float("inf"),
+        metavar="MINUTES",
+        help="give up on a trial after this",
+    )
+    add(
+        "--retry-failed", action="store_true", help="repeat trials that broke (error, out of memory, timeout)"
+    )
     add("--force", action="store_true", help="repeat all trials")
 
 
@@ -108,8 +144,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         from dlgbench import session
     except Exception as error:  # whatever an unusable torch raises at import
-        raise EnvironmentBroken(f"expected a working torch, got {type(error).__name__}: {error}; "
-                                "run `dlgbench doctor` for the remedy") from error
+        raise EnvironmentBroken(
+            f"expected a working torch, got {type(error).__name__}: {error}; "
+            "run `dlgbench doctor` for the remedy"
+        ) from error
     return session.run(options, _console(options))
 
 
@@ -129,8 +167,10 @@ def tables(options: argparse.Namespace) -> int:
     store = Store(options.out)
     wanted = [m for m in records.manifests(store.plans) if not options.plans or m.plan in options.plans]
     if not wanted:
-        raise UsageError(f"expected runs in {options.out}, got none{' of these plans' if options.plans else ''}; "
-                         "start one with `dlgbench run all` or name another directory with --out")
+        raise UsageError(
+            f"expected runs in {options.out}, got none{' of these plans' if options.plans else ''}; "
+            "start one with `dlgbench run all` or name another directory with --out"
+        )
     for manifest in wanted:
         print_table(_console(options), store, manifest, "json" if options.json else options.format)
     return OK
@@ -159,7 +199,9 @@ def show_record(options: argparse.Namespace) -> int:
     folder = Store(options.out).records
     found = sorted(path for path in folder.glob("*.json") if path.stem.startswith(options.id))
     if len(found) != 1:
-        raise UsageError(f"expected the id of one record in {folder}, got {options.id!r}, which fits {len(found)}")
+        raise UsageError(
+            f"expected the id of one record in {folder}, got {options.id!r}, which fits {len(found)}"
+        )
     try:
         record = records.load(found[0])
     except records.Damaged as error:
@@ -200,8 +242,9 @@ def _console(options: argparse.Namespace) -> Console:
 
 
 def _complain(message: str, code: int) -> int:
-    Console(stderr=True).print(message, style="red" if code else "yellow", markup=False, highlight=False,
-                               soft_wrap=True)
+    Console(stderr=True).print(
+        message, style="red" if code else "yellow", markup=False, highlight=False, soft_wrap=True
+    )
     return code
 
 

@@ -20,8 +20,10 @@ COLOURS = {"exact": "green", "recognisable": "green", "partial": "yellow", "fail
 
 def label(case: Case) -> str:
     """A case in a few words."""
-    return printable(f"{NETWORKS.brief(case.network)} {ATTACKS.brief(case.attack)} "
-                     f"{case.dataset.name}[{case.image}] seed {case.seed}")
+    return printable(
+        f"{NETWORKS.brief(case.network)} {ATTACKS.brief(case.attack)} "
+        f"{case.dataset.name}[{case.image}] seed {case.seed}"
+    )
 
 
 def verdict(record: Record) -> Text:
@@ -30,7 +32,9 @@ def verdict(record: Record) -> Text:
     text = Text(record.outcome if record.status == "done" else record.status, style=style)
     if record.images:
         psnr = sum(image["psnr"] for image in record.images) / len(record.images)
-        text.append(f"  {psnr:.1f} dB in {record.closures} closures, {record.cost['seconds']:.0f} s", style="default")
+        text.append(
+            f"  {psnr:.1f} dB in {record.closures} closures, {record.cost['seconds']:.0f} s", style="default"
+        )
     if record.reason:
         text.append(f"  {printable(record.reason)}", style="default")
     return text

@@ -11,9 +11,9 @@ from dlgbench import networks
 from dlgbench.case import Case
 from dlgbench.datasets import Dataset
 from dlgbench.errors import Unsuitable, UsageError
-from dlgbench.plan import Plan, dataset_spec, resolve
+from dlgbench.plan import Plan
 from dlgbench.records import Manifest
-from dlgbench.registry import DATASETS, DEFENSES, ROOMS, Spec
+from dlgbench.registry import DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
 
 LARGEST_STEP = 25
 """Closures in one step of L-BFGS at most: torch stops at 1.25 times its 20 iterations."""
@@ -56,10 +56,11 @@ def why_not(case: Case, data: Data) -> str | None:
     return _refusal(case.network, case.shape, case.classes)
 
 
-def most_seconds(case: Case, closure_seconds: float, usual: tuple[int, int]) -> float:
-    """An upper estimate on two CPU cores; ``usual`` is the network's own batch and resolution."""
-    size = case.batch * case.resolution**2 / (usual[0] * usual[1] ** 2)
-    return case.steps * LARGEST_STEP * closure_seconds * max(size, 0.5)
+def most_seconds(case: Case) -> float:
+    """An upper estimate on two CPU cores, from the network's time per closure at its own size."""
+    facts = NETWORKS.entry(case.network.name).facts
+    size = case.batch * case.resolution**2 / (facts["batch"] * facts["resolution"] ** 2)
+    return float(case.steps * LARGEST_STEP * facts["closure_seconds"] * max(size, 0.5))
 
 
 def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:
@@ -69,15 +70,17 @@ def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Da
                 ROOMS[path].spec(value)
     for row in plan.rows(profile):
         if _named(row, only):  # first, since --set may name options that other networks lack
-            spec = dataset_spec(plan, row)
-            case = resolve(plan, row, data(spec), spec)
+            case = _resolve(plan, row, data)
             if all(_matches(case, path, values) for path, values in only.items()):
                 yield case
 
 
 def _named(row: Mapping[str, Any], only: Mapping[str, Sequence[str]]) -> bool:
-    return all(str(row[room]).partition(":")[0] in [value.partition(":")[0] for value in only[room]]
-               for room in ROOMS if room in only)
+    return all(
+        str(row[room]).partition(":")[0] in [value.partition(":")[0] for value in only[room]]
+        for room in ROOMS
+        if room in only
+    )
 
 
 def _matches(case: Case, path: str, values: Sequence[str]) -> bool:
@@ -95,6 +98,36 @@ def _same(value: object, text: str) -> bool:
         except ValueError:
             return False
     return str(value).lower() == text.lower()
+
+
+def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
+    """The case of one row: what the plan leaves open is filled by the network and the dataset."""
+    specs: dict[str, Any] = {kind: _spec(plan, kind, str(row[kind])) for kind in ROOMS}
+    dataset, facts = data(specs["dataset"]), NETWORKS.entry(specs["network"].name).facts
+    return Case(
+        **specs,
+        batch=_number(row, "batch") or facts["batch"],
+        resolution=_number(row, "resolution") or facts["resolution"],
+        preparation=row["preparation"] or facts["preparation"],
+        channels=facts["channels"] or dataset.channels,
+        classes=_number(row, "classes") or dataset.classes or facts["classes"],
+        **{name: row[name] for name in ("steps", "dtype", "image", "seed")},
+    )
+
+
+def _spec(plan: Plan, kind: str, text: str) -> Spec:
+    spec = ROOMS[kind].spec(text)
+    pinned = {
+        path.partition(".")[2]: value for path, value in plan.pins.items() if path.startswith(f"{kind}.")
+    }
+    return ROOMS[kind].complete(spec.name, {**dict(spec.options), **pinned}) if pinned else spec
+
+
+def _number(row: Mapping[str, Any], key: str) -> int:
+    try:
+        return int(row[key])
+    except ValueError:
+        raise UsageError(f"{key}: expected a whole number, got {row[key]!r}") from None
 
 
 @cache

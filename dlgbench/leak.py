@@ -41,7 +41,9 @@ class Secret(NamedTuple):
     """Class indices, ``(case, image)``."""
 
 
-def gradients(network: Network, weights: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensors:
+def gradients(
+    network: Network, weights: Tensors, buffers: Tensors, images: Tensor, labels: Tensor
+) -> Tensors:
     """The gradient of the loss in all weights, differentiable in ``images`` and ``labels``.
 
     ``images`` is ``(image, channel, height, width)`` in [0, 1] and ``labels`` are probabilities
@@ -51,7 +53,8 @@ def gradients(network: Network, weights: Tensors, buffers: Tensors, images: Tens
     def loss(weights: Tensors) -> Tensor:
         return network.loss(functional_call(network, (weights, buffers), (images,)), labels)
 
-    return torch.func.grad(loss)(weights)
+    gradient: Tensors = torch.func.grad(loss)(weights)
+    return gradient
 
 
 def squared_distance(ours: Tensors, theirs: Tensors) -> Tensor:

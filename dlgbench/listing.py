@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from dlgbench import plan
 from dlgbench.doctor import Finding
-from dlgbench.registry import ROOMS, Option
+from dlgbench.registry import ROOMS, Entry, Option
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -25,18 +26,16 @@ def tables() -> Group:
     for room in ROOMS.values():
         table = _table(f"{room.kind}s", "is", "options and their defaults")
         for entry in room.entries.values():
-            table.add_row(Text(entry.name), Text(entry.summary), Text("\n".join(map(_option, entry.options.values()))))
+            table.add_row(
+                Text(entry.name), Text(entry.summary), Text("\n".join(map(_option, entry.options.values())))
+            )
         rooms.append(table)
     return Group(plans, *rooms)
 
 
 def as_json() -> str:
     """All names with their options."""
-    body = {f"{room.kind}s": {
-        entry.name: {"summary": entry.summary, "facts": dict(entry.facts), "options": {
-            option.name: {"type": option.kind.__name__, "default": option.default, "choices": list(option.choices)}
-            for option in entry.options.values()}}
-        for entry in room.entries.values()} for room in ROOMS.values()}  # fmt: skip
+    body = {f"{room.kind}s": dict(map(_described, room.entries.values())) for room in ROOMS.values()}
     titles = {name: plan.find(name).title for name in plan.shipped()}
     return json.dumps({"plans": titles, **body}, indent=1, ensure_ascii=False)
 
@@ -61,3 +60,15 @@ def _option(option: Option) -> str:
     default = "required" if option.default is None else option.default
     choices = f" ({', '.join(option.choices)})" if option.choices else ""
     return f"{option.name}={default}{choices}"
+
+
+def _described(entry: Entry) -> tuple[str, dict[str, Any]]:
+    options = {
+        option.name: {
+            "type": option.kind.__name__,
+            "default": option.default,
+            "choices": list(option.choices),
+        }
+        for option in entry.options.values()
+    }
+    return entry.name, {"summary": entry.summary, "facts": dict(entry.facts), "options": options}

@@ -69,7 +69,9 @@ class Fidelity(Metric):
         if side >= SSIM_WINDOW:
             values["ssim"] = _vector(ssim(ours, truth, data_range=1.0, reduction="none"))
         if side >= MS_SSIM_SMALLEST:
-            values["ms_ssim"] = _vector(ms_ssim(ours, truth, data_range=1.0, reduction="none", normalize="relu"))
+            values["ms_ssim"] = _vector(
+                ms_ssim(ours, truth, data_range=1.0, reduction="none", normalize="relu")
+            )
         return values
 
 
@@ -77,7 +79,9 @@ def pearson(ours: Tensor, truth: Tensor) -> Tensor:
     """Correlation over all pixels and channels of each image, in [-1, 1]; 0 where one is constant."""
     a, b = (images.flatten(1) - images.flatten(1).mean(-1, keepdim=True) for images in (ours, truth))
     scale = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(scale > 0, (a * b).sum(-1) / scale.clamp_min(torch.finfo(a.dtype).tiny), 0).clamp(-1, 1)
+    return torch.where(scale > 0, (a * b).sum(-1) / scale.clamp_min(torch.finfo(a.dtype).tiny), 0).clamp(
+        -1, 1
+    )
 
 
 def psnr_affine(raw: Tensor, truth: Tensor) -> Tensor:

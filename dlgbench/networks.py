@@ -35,9 +35,12 @@ def build(spec: Spec, shape: Shape, classes: int, seed: int, dtype: torch.dtype 
     return network.to(dtype).requires_grad_(False)
 
 
-@NETWORKS.register("lenet5", resolution=32, preparation="fit", batch=1, channels=None, classes=10,
-                   closure_seconds=0.006)
-def lenet5(shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "default") -> Network:
+@NETWORKS.register(
+    "lenet5", resolution=32, preparation="fit", batch=1, channels=None, classes=10, closure_seconds=0.006
+)
+def lenet5(
+    shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "default"
+) -> Network:
     """LeNet-5 (LeCun et al. 1998): 6 and 16 kernels of 5x5, average pooling, 120 and 84 units."""
     side = ((shape[-1] - 4) // 2 - 4) // 2
     if side < 1:
@@ -50,8 +53,9 @@ def lenet5(shape: Shape, classes: int, *, activation: Activation = "sigmoid", in
     return _small(body, shape, activation, init)
 
 
-@NETWORKS.register("lenet_dlg", resolution=32, preparation="fit", batch=1, channels=None, classes=100,
-                   closure_seconds=0.006)
+@NETWORKS.register(
+    "lenet_dlg", resolution=32, preparation="fit", batch=1, channels=None, classes=100, closure_seconds=0.006
+)
 def lenet_dlg(
     shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "uniform:0.5"
 ) -> Network:
@@ -66,28 +70,56 @@ def lenet_dlg(
     return _small(body, shape, activation, init)
 
 
-@NETWORKS.register("resnet18", resolution=224, preparation="crop", batch=1, channels=3, classes=1000,
-                   closure_seconds=0.42)
-def resnet18(shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "default",
-             batchnorm: BatchNorm = "train") -> Network:
+@NETWORKS.register(
+    "resnet18", resolution=224, preparation="crop", batch=1, channels=3, classes=1000, closure_seconds=0.42
+)
+def resnet18(
+    shape: Shape,
+    classes: int,
+    *,
+    activation: Activation = "sigmoid",
+    init: str = "default",
+    batchnorm: BatchNorm = "train",
+) -> Network:
     """ResNet-18 (He et al. 2016) of torchvision."""
     body = torchvision.models.resnet18(weights=None, num_classes=classes)
     return _torchvision("resnet18", body, shape, activation, init, batchnorm)
 
 
-@NETWORKS.register("densenet121", resolution=224, preparation="crop", batch=1, channels=3, classes=1000,
-                   closure_seconds=1.1)
-def densenet121(shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "default",
-                batchnorm: BatchNorm = "train") -> Network:
+@NETWORKS.register(
+    "densenet121", resolution=224, preparation="crop", batch=1, channels=3, classes=1000, closure_seconds=1.1
+)
+def densenet121(
+    shape: Shape,
+    classes: int,
+    *,
+    activation: Activation = "sigmoid",
+    init: str = "default",
+    batchnorm: BatchNorm = "train",
+) -> Network:
     """DenseNet-121 (Huang et al. 2017) of torchvision."""
     body = torchvision.models.densenet121(weights=None, num_classes=classes)
     return _torchvision("densenet121", body, shape, activation, init, batchnorm)
 
 
-@NETWORKS.register("inception_v3", resolution=299, preparation="rescale", batch=2, channels=3, classes=1000,
-                   closure_seconds=1.8)
-def inception_v3(shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "default",
-                 batchnorm: BatchNorm = "train", dropout: DropoutMode = "fresh") -> Network:
+@NETWORKS.register(
+    "inception_v3",
+    resolution=299,
+    preparation="rescale",
+    batch=2,
+    channels=3,
+    classes=1000,
+    closure_seconds=1.8,
+)
+def inception_v3(
+    shape: Shape,
+    classes: int,
+    *,
+    activation: Activation = "sigmoid",
+    init: str = "default",
+    batchnorm: BatchNorm = "train",
+    dropout: DropoutMode = "fresh",
+) -> Network:
     """Inception v3 (Szegedy et al. 2016) of torchvision; loss = main head + 0.4 auxiliary head."""
     # transform_input stays off: it is for weights ported from TensorFlow.  0.4 is the weight of
     # torchvision's reference training (references/classification/train.py).
@@ -102,9 +134,16 @@ def _small(body: nn.Module, shape: Shape, activation: Activation, init: str) -> 
     return network
 
 
-def _torchvision(name: str, body: nn.Module, shape: Shape, activation: Activation, init: str,
-                 batchnorm: BatchNorm, dropout: DropoutMode = "off",
-                 heads: tuple[float, ...] = (1.0,)) -> Network:
+def _torchvision(
+    name: str,
+    body: nn.Module,
+    shape: Shape,
+    activation: Activation,
+    init: str,
+    batchnorm: BatchNorm,
+    dropout: DropoutMode = "off",
+    heads: tuple[float, ...] = (1.0,),
+) -> Network:
     body = replace_activation(body.train(), activation)
     _swap(body, nn.Dropout, lambda layer: nn.Identity() if dropout == "off" else Dropout(layer.p))
     if batchnorm == "train":  # batch statistics only: no buffers to update or to leak

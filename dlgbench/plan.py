@@ -8,26 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from dlgbench.case import Case
 from dlgbench.errors import UsageError, unknown
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Spec, Value
+from dlgbench.registry import ROOMS, Value
 
 PROFILES = ("quick", "standard", "paper")
 AXES = {"network": None, "dataset": "photos", "attack": "dlg", "defense": "none", "dtype": "float32",
         "batch": 0, "resolution": 0, "preparation": "", "classes": 0}  # fmt: skip
 """The axes of a grid and their defaults; 0 and "" leave the choice to the network and the dataset."""
 SIZES = {"images": 1, "seeds": 1, "steps": 300}
-
-
-class DatasetFacts(Protocol):
-    """What a plan needs to know of a dataset."""
-
-    channels: int
-    classes: int | None
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,15 +55,13 @@ class Plan:
             for image, seed in itertools.product(images, seeds):
                 yield {**row, "image": image, "seed": seed, "steps": size["steps"]}
 
-    def networks(self) -> list[str]:
-        """The networks of the grid, as specs."""
-        return [str(self.pins["network"])] if "network" in self.pins else list(map(str, self.grid["network"]))
-
     def _size(self, key: str, sizes: Mapping[str, Any], network: str) -> int:
         if key in self.pins:
             return self._whole(key)
         value = sizes.get(key, SIZES[key])
-        return int(value.get(network, value.get("default", SIZES[key])) if isinstance(value, dict) else value)
+        if isinstance(value, dict):
+            value = value.get(network, value.get("default", SIZES[key]))
+        return int(value)
 
     def _whole(self, key: str) -> int:
         try:
@@ -82,44 +70,14 @@ class Plan:
             raise UsageError(f"{key}: expected a whole number, got {self.pins[key]!r}") from None
 
 
-def resolve(plan: Plan, row: Mapping[str, Any], dataset: DatasetFacts, data: Spec) -> Case:
-    """The case of one row: specs parsed, and what the plan leaves open filled by network and dataset."""
-    specs = {room.kind: _spec(plan, room.kind, str(row[room.kind])) for room in (NETWORKS, ATTACKS, DEFENSES)}
-    facts = NETWORKS.entry(specs["network"].name).facts
-    return Case(
-        **specs, dataset=data, dtype=row["dtype"], image=row["image"], seed=row["seed"], steps=row["steps"],
-        batch=_number(row, "batch") or facts["batch"],
-        resolution=_number(row, "resolution") or facts["resolution"],
-        preparation=row["preparation"] or facts["preparation"],
-        channels=facts["channels"] or dataset.channels,
-        classes=_number(row, "classes") or dataset.classes or facts["classes"],
-    )  # fmt: skip
-
-
-def dataset_spec(plan: Plan, row: Mapping[str, Any]) -> Spec:
-    """The dataset of one row."""
-    return _spec(plan, "dataset", str(row["dataset"]))
-
-
-def _spec(plan: Plan, kind: str, text: str) -> Spec:
-    room = ROOMS[kind]
-    spec = room.spec(text)
-    pinned = {key.partition(".")[2]: value for key, value in plan.pins.items() if key.startswith(f"{kind}.")}
-    return room.complete(spec.name, {**dict(spec.options), **pinned}) if pinned else spec
-
-
-def _number(row: Mapping[str, Any], key: str) -> int:
-    try:
-        return int(row[key])
-    except ValueError:
-        raise UsageError(f"{key}: expected a whole number, got {row[key]!r}") from None
-
-
 def shipped() -> dict[str, Path]:
     """The plans of the package, by name; the file is read only when it is asked for."""
     folder = files("dlgbench.benchmarks")
-    return {Path(item.name).stem: Path(str(item)) for item in sorted(folder.iterdir(), key=lambda i: i.name)
-            if item.name.endswith(".toml")}
+    return {
+        Path(item.name).stem: Path(str(item))
+        for item in sorted(folder.iterdir(), key=lambda i: i.name)
+        if item.name.endswith(".toml")
+    }
 
 
 def find(name: str) -> Plan:

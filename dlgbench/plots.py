@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from dlgbench.case import Case
 from dlgbench.records import Record, write
-from dlgbench.registry import NETWORKS, ROOMS
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTH, DPI, MARGIN, GAP = 1600, 150, 32, 6  # pixels, as are all sizes below
@@ -30,12 +30,12 @@ INK, MUTED, PALE = "#222222", "#737373", "#adadad"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.grid": True,
+    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": PALE, "axes.spines.top": False, "axes.spines.right": False, "axes.xmargin": 0.02,
-    "grid.color": "#e8e8e8", "xtick.color": MUTED, "ytick.color": MUTED, "legend.frameon": False,
+    "axes.grid": True, "grid.color": "#e8e8e8", "xtick.color": MUTED, "ytick.color": MUTED,
+    "legend.frameon": False,
 }  # fmt: skip
-MOST_FRAMES, MOST_ROWS, MOST_TRIALS, MOST_GROUPS = 64, 8, 6, 300
-LEAST_MSE = 1e-16  # what a logarithmic axis shows for an error of zero
+MOST_FRAMES, MOST_ROWS, MOST_TRIALS, MOST_GROUPS = 64, 8, 6, 300  # the last: Agg draws 65,536 pixels
 DAMAGED = (OSError, EOFError, LookupError, ValueError, TypeError, MemoryError, RuntimeError, TokenError,
            zipfile.BadZipFile, zlib.error)  # fmt: skip
 
@@ -62,14 +62,28 @@ class Group:
 def draw(records: Sequence[Record], pictures: Path, folder: Path) -> list[Path]:
     """Write every plot into ``folder``; ``pictures/ID.npz`` holds the arrays of a trial that has any."""
     paths = []
-    with style.context([STYLE], after_reset=True):  # a user's matplotlibrc must not change a view
-        for name, figure in _figures(grouped(records), pictures):
-            file = io.BytesIO()
-            with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
-                figure.savefig(file, format="png", metadata={"Software": None})
+    # A user's matplotlibrc must not change a view; letters that the font lacks are drawn as boxes.
+    with style.context([STYLE], after_reset=True), warnings.catch_warnings(action="ignore", category=UserWarning):
+        for name, figure in figures(grouped(records), pictures):
+            figure.savefig(file := io.BytesIO(), format="png", metadata={"Software": None})
             paths.append(folder / f"{name}.png")
             write(paths[-1], file.getvalue())
     return paths
+
+
+def figures(groups: Sequence[Group], pictures: Path) -> Iterator[tuple[str, Figure]]:
+    """Every plot with the name of its file."""
+    drawable = [group for group in groups if len(curves(group.trials))]
+    yield from ((f"mse_{group.slug}", mse_plot(group)) for group in drawable)
+    if drawable:
+        yield "mse_all", mse_all(drawable)
+    for group in groups:
+        known = [record for record in group.trials if record.relative is not None]
+        ranked = sorted(known, key=lambda record: record.relative or 0.0)  # what the attacker can tell
+        if shown := next(((record, arrays) for record in ranked if (arrays := read(record, pictures))), None):
+            yield f"evolution_{group.slug}", evolution(group, *shown)
+    if groups:
+        yield "gallery", gallery(groups[:MOST_GROUPS], pictures)
 
 
 def grouped(records: Sequence[Record]) -> list[Group]:
@@ -80,7 +94,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
             found.setdefault(replace(record.case, image=0, seed=0), []).append(record)
     known = {name: i for i, name in enumerate(NETWORKS.entries)}
     cases = sorted(found, key=lambda case: (
-        known.get(case.network.name, len(known)), str(case.network), str(case.attack), str(case.defense),
+        known.get(case.network.name, len(known)), *(ROOMS[name].brief(getattr(case, name)) for name in ROOMS),
         case.batch, case.resolution, case.steps, repr(case)))  # fmt: skip
     labels = [label(case, cases) for case in cases]
     clean = [re.sub("[^a-z0-9_.-]+", "-", text.lower())[:80] for text in labels]
@@ -94,8 +108,8 @@ def label(case: Case, cases: Sequence[Case]) -> str:
     """The network, and of all else what differs among the ``cases`` of that network."""
     words, peers = [NETWORKS.brief(case.network)], [peer for peer in cases if peer.network == case.network]
     for name in (field.name for field in fields(case)):
-        value = getattr(case, name)
-        if any(getattr(peer, name) != value for peer in peers):
+        if len({getattr(peer, name) for peer in peers}) > 1:
+            value = getattr(case, name)
             words.append(f"{name}={ROOMS[name].brief(value) if name in ROOMS else value}")
     return ", ".join(words)
 
@@ -107,19 +121,18 @@ def curves(records: Sequence[Record]) -> Array:
     steps = np.arange(max(map(len, traces), default=0))
     held = [trace[sound[np.searchsorted(sound[1:], steps, side="right")]]
             for trace, sound in zip(traces, known, strict=True) if len(sound)]  # fmt: skip
-    return np.maximum(held, LEAST_MSE)
+    return np.maximum(held, 1e-16)  # a logarithmic axis has no zero
 
 
 def read(record: Record, pictures: Path) -> list[Array] | None:
     """Its private, reconstruction, evolution and steps; None where absent, damaged or of another shape."""
     frame = record.case.batch, record.case.resolution, record.case.resolution, record.case.channels
-    most, names = MOST_FRAMES * np.prod(frame) + 4096, ("private", "reconstruction", "evolution", "steps")
+    names = [f"{name}.npy" for name in ("private", "reconstruction", "evolution", "steps")]
     try:
         with zipfile.ZipFile(pictures / f"{record.case.id}.npz") as file:
-            if max(file.getinfo(f"{name}.npy").file_size for name in names) > most:
+            if max(file.getinfo(name).file_size for name in names) > MOST_FRAMES * np.prod(frame) + 4096:
                 return None
-            parts = [io.BytesIO(file.read(f"{name}.npy")) for name in names]
-        with warnings.catch_warnings(action="ignore"):
+            parts = [io.BytesIO(file.read(name)) for name in names]
             arrays = [np.lib.format.read_array(part, allow_pickle=False) for part in parts]
     except DAMAGED:
         return None
@@ -131,55 +144,54 @@ def read(record: Record, pictures: Path) -> list[Array] | None:
 def mse_plot(group: Group) -> Figure:
     """MSE against step: every trial that has a curve, their median and the grey image."""
     case, rows, count = group.trials[0].case, curves(group.trials), len(group.trials)
-    figure, axes = _axes(800, WIDTH - 180, f"{group.label}: MSE against step",
-                         f"attack {case.attack.name}, defense {case.defense.name}, {case.dataset.name}, "
-                         f"{case.steps} steps, trials: {count}")  # fmt: skip
-    axes.plot(np.median(rows, axis=0), color=group.colour, linewidth=2.8, label=f"median (n = {len(rows)})", zorder=3)
-    for kept, colour in ((False, PALE), (True, group.colour)):
-        trials = [record for record in group.trials if kept == (record.outcome != "failed")]
+    about = (f"attack {ATTACKS.brief(case.attack)}, defense {DEFENSES.brief(case.defense)}, "
+             f"data {DATASETS.brief(case.dataset)}, {case.steps} steps, trials: {count}")  # fmt: skip
+    figure = _figure(800, f"{group.label}: MSE against step", _plain(about, 140))
+    axes = _chart(figure, WIDTH - 180, rows)
+    axes.plot(np.median(rows, axis=0), color=group.colour, lw=2.8, zorder=3, label=f"median (n = {len(rows)})")
+    lost = [record for record in group.trials if record.outcome == "failed"]
+    kept = [record for record in group.trials if record.outcome != "failed"]
+    text = f"partial or better: {len(kept)} of {count}"
+    for trials, colour, text in ((lost, PALE, group.tally), (kept, group.colour, text)):
+        axes.plot([], color=colour, lw=0.9, label=text)
         for record in trials:
-            axes.plot(curves([record]).T, color=colour, linewidth=0.9, alpha=0.8)
-        axes.plot([], color=colour, linewidth=0.9, label=f"partial or better: {len(trials)} of {count}" if kept else group.tally)
+            axes.plot(curves([record]).T, color=colour, lw=0.9, alpha=0.8)
     greys = [[image["mse"] for image in record.baselines.get("grey", [])] for record in group.trials]
     if means := [np.mean(grey) for grey in greys if grey]:
         axes.axhline(float(np.median(means)), color=MUTED, linestyle="--", label="mid grey image")
-    _scale(axes, rows)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return figure
 
 
 def mse_all(groups: Sequence[Group]) -> Figure:
     """The median MSE of every group against step, in a band from quartile to quartile."""
     about = "Median over all trials of a network, failed ones included, in a band from quartile to quartile"
-    figure, axes = _axes(max(800, 260 + 70 * len(groups)), 980, "All networks: MSE against step", about)
+    figure = _figure(max(800, 260 + 70 * len(groups)), "All networks: MSE against step", about)
     quartiles = [np.percentile(curves(group.trials), [25, 50, 75], axis=0) for group in groups]
+    axes, lengths = _chart(figure, 980, np.hstack(quartiles)), [rows.shape[1] for rows in quartiles]
     for i in sorted(range(len(groups)), key=lambda i: -quartiles[i][1, -1]):
         group, (low, middle, high) = groups[i], quartiles[i]
-        text = f"{_plain(group.label, 32)}\n{middle[-1]:.1e} after {len(low) - 1} steps (n = {len(group.trials)})"
-        axes.fill_between(np.arange(len(low)), low, high, color=group.colour, alpha=0.13, linewidth=0)
-        axes.plot(middle, group.dashes, color=group.colour, label=text, linewidth=2.4, marker="o", markevery=[-1])
-    lengths = [rows.shape[1] for rows in quartiles]
-    if max(lengths) > 4 * min(lengths):
+        text = f"{middle[-1]:.1e} after {lengths[i] - 1} steps (n = {len(group.trials)})"
+        axes.fill_between(np.arange(lengths[i]), low, high, color=group.colour, alpha=0.13, linewidth=0)
+        axes.plot(middle, group.dashes, color=group.colour, lw=2.4, marker="o", markevery=[-1],
+                  label=f"{_plain(group.label, 32)}\n{text}")  # fmt: skip
+    if max(lengths) > 4 * min(lengths):  # else the short ones would be a dot in the corner
         axes.set_xscale("symlog", linthresh=1)
-    _scale(axes, np.hstack(quartiles))
+        axes.xaxis.set_major_formatter("{x:.0f}")
     axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0, labelspacing=1)
     return figure
 
 
-def evolution(group: Group, pictures: Path) -> Figure | None:
-    """The trial that the attacker can tell to be best: frames, reconstruction, private; a row per image."""
-    known = sorted((record.relative, i) for i, record in enumerate(group.trials) if record.relative is not None)
-    ranked = ((group.trials[i], read(group.trials[i], pictures)) for _, i in known)
-    record, arrays = next(((record, arrays) for record, arrays in ranked if arrays), (None, None))
-    if record is None or arrays is None:
-        return None
-    about = (f"The trial of least gradient distance (n = {len(group.trials)}): chosen by objective, never by likeness "
-             f"to the private image.\nLeft of the squared gradient: {record.relative:.0e}. {_verdict(record)}. "
+def evolution(group: Group, record: Record, arrays: Sequence[Array]) -> Figure:
+    """The frames of one trial, its reconstruction and the private image; a row per image of the batch."""
+    about = (f"Chosen by objective, never by likeness to the private image: the least relative gradient distance "
+             f"({record.relative:.0e}) of the trials (n = {len(group.trials)}).\n{_verdict(record)}. "
              "The reconstruction is the iterate of least distance.")
     columns, rows = [*arrays[2], arrays[1][0], arrays[0][0]], min(record.case.batch, MOST_ROWS)
     heads = [*(f"step {step}" for step in arrays[3]), "reconstruction", "private"]
     side = min(240, (WIDTH - 2 * MARGIN - GAP) // len(columns) - GAP)
-    figure, page = _page(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
+    figure = _figure(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
+    page = _page(figure)
     for column, (images, head) in enumerate(zip(columns, heads, strict=True)):
         x = MARGIN + column * (side + GAP) + 2 * GAP * (column >= len(arrays[3]))
         page.text(x + side / 2, 164, head, ha="center", va="bottom", fontsize=8)
@@ -190,17 +202,18 @@ def evolution(group: Group, pictures: Path) -> Figure | None:
 
 def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
     """Private beside reconstruction: a row per group, its first trials in order of image and seed."""
-    about = (f"Left the private image, right its reconstruction: the first {MOST_TRIALS} trials in order of image and "
-             "seed, none picked,\nfailures included; the first image of a batch.")
-    figure, page = _page(140 + 190 * len(groups), "Private images and their reconstructions", about)
-    for row, group in enumerate(groups):
-        y, name = 150 + 190 * row, re.sub("([:,]) *", r"\1 ", _plain(group.label, 50))
-        page.text(MARGIN, y, textwrap.fill(name, 19), color=group.colour, va="top", weight="bold", fontsize=9)
-        page.text(MARGIN, y + 106, textwrap.fill(group.tally, 20), color=MUTED, va="top", fontsize=8)
-        for column, record in enumerate(group.trials[:MOST_TRIALS]):
-            x, arrays = 270 + 220 * column, read(record, pictures) or [np.full((1, 1, 1, 1, 1), 240, np.uint8)] * 2
-            _image(page, arrays[0][0, 0], x, y, 100)
-            _image(page, arrays[1][0, 0], x + 103, y, 100)
+    about = (f"Left the private image, right its reconstruction: the first {MOST_TRIALS} trials in order of image "
+             "and seed, none picked,\nfailures included; the first image of a batch.")
+    page = _page(figure := _figure(140 + 190 * len(groups), "Private images and their reconstructions", about))
+    for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
+        name = textwrap.fill(re.sub("[:,](?! )", r"\g<0> ", _plain(group.label, 50)), 19)
+        page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", fontsize=9)
+        tally = re.sub(r" (?=\()|(?<=,) ", "\n", group.tally)
+        page.text(MARGIN, y + 106, tally, color=MUTED, va="top", fontsize=8)
+        for x, record in zip(range(270, WIDTH, 220), group.trials[:MOST_TRIALS], strict=False):
+            pair = read(record, pictures) or [np.full((1, 1, 1, 1, 1), 240, np.uint8)] * 2
+            _image(page, pair[0][0, 0], x, y, 100)
+            _image(page, pair[1][0, 0], x + 103, y, 100)
             colour = MUTED if record.outcome == "failed" else INK
             page.text(x, y + 106, _verdict(record).replace(": ", "\n"), va="top", fontsize=8, color=colour)
     return figure
@@ -212,39 +225,27 @@ def _verdict(record: Record) -> str:
     return f"image {record.case.image}, seed {record.case.seed}: {score}{verdict}"
 
 
-def _figures(groups: Sequence[Group], pictures: Path) -> Iterator[tuple[str, Figure]]:
-    drawable = [group for group in groups if len(curves(group.trials))]
-    yield from ((f"mse_{group.slug}", mse_plot(group)) for group in drawable)
-    if drawable:
-        yield "mse_all", mse_all(drawable)
-    for group in groups:
-        if strip := evolution(group, pictures):
-            yield f"evolution_{group.slug}", strip
-    if groups:
-        yield "gallery", gallery(groups[:MOST_GROUPS], pictures)  # Agg draws at most 65,536 pixels
-
-
-def _axes(height: int, width: int, title: str, about: str) -> tuple[Figure, Axes]:
+def _figure(height: int, title: str, about: str) -> Figure:
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI)
-    figure.text(MARGIN / WIDTH, 1 - 24 / height, _plain(title, 90), va="top", fontsize=13, weight="bold")
+    figure.text(MARGIN / WIDTH, 1 - 24 / height, _plain(title, 90), va="top", size=13, weight="bold")
     figure.text(MARGIN / WIDTH, 1 - 66 / height, about, va="top", color=MUTED)
-    box = (130 / WIDTH, 90 / height, width / WIDTH, 1 - 240 / height)
-    return figure, figure.add_axes(box, xlabel="step", ylabel="MSE of the images")
+    return figure
 
 
-def _scale(axes: Axes, values: Array) -> None:
-    """Whole decades up to 1, the greatest MSE of pixels in [0, 1], and whole steps."""
-    axes.set(yscale="log", ylim=(10 ** min(-2, np.floor(np.log10(values.min()))), 1))
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    if axes.get_xscale() == "linear":
-        axes.locator_params(axis="x", integer=True)
+def _chart(figure: Figure, width: int, values: Array) -> Axes:
+    """Axes for ``values`` of MSE: whole steps, and whole decades up to 1, the greatest that there is."""
+    height, lowest = figure.bbox.height, 10 ** min(-2, np.floor(np.log10(values.min())))
+    axes = figure.add_axes((130 / WIDTH, 90 / height, width / WIDTH, 1 - 240 / height), xlabel="step",
+                           ylabel="MSE of the images", yscale="log", ylim=(lowest, 1))  # fmt: skip
+    axes.locator_params(axis="x", integer=True)
+    return axes
 
 
-def _page(height: int, title: str, about: str) -> tuple[Figure, Axes]:
-    figure, axes = _axes(height, WIDTH, title, about)
-    axes.set(position=(0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
-    axes.set_axis_off()
-    return figure, axes
+def _page(figure: Figure) -> Axes:
+    """Axes over the whole figure, in pixels from its top left corner."""
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(figure.bbox.height, 0), autoscale_on=False)
+    page.set_axis_off()
+    return page
 
 
 def _image(page: Axes, pixels: Array, x: int, y: int, side: int) -> None:

@@ -52,8 +52,14 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, body: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
-                 heads: tuple[float, ...] = (1.0,), mask_known: bool = False) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        heads: tuple[float, ...] = (1.0,),
+        mask_known: bool = False,
+    ) -> None:
         super().__init__()
         self.body = body
         self.heads = heads
@@ -73,8 +79,11 @@ class Network(nn.Module):
 
     def draw_masks(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One fresh dropout mask for every dropout layer, by the name of its buffer."""
-        return {f"{name}.mask": layer.draw(generator)
-                for name, layer in self.named_modules() if isinstance(layer, Dropout)}
+        return {
+            f"{name}.mask": layer.draw(generator)
+            for name, layer in self.named_modules()
+            if isinstance(layer, Dropout)
+        }
 
 
 class _Swap(fx.Transformer):

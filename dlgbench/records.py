@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -149,8 +149,12 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it to ``folder/name.json``."""
-        body = {"plan": self.plan, "title": self.title, "profile": self.profile,
-                "cases": [case.plain() for case in self.cases]}
+        body = {
+            "plan": self.plan,
+            "title": self.title,
+            "profile": self.profile,
+            "cases": [case.plain() for case in self.cases],
+        }
         write(folder / f"{self.name}.json", (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
 
 

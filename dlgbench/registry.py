@@ -132,8 +132,9 @@ class Room:
     def brief(self, spec: Spec) -> str:
         """``spec`` with only those options that are not their defaults, for people to read."""
         known = self.entries[spec.name].options if spec.name in self.entries else {}
-        told = tuple((key, value) for key, value in spec.options
-                     if key not in known or known[key].default != value)
+        told = tuple(
+            (key, value) for key, value in spec.options if key not in known or known[key].default != value
+        )
         return str(Spec(spec.name, told))
 
     def make(self, spec: Spec, *context: Any) -> Any:
@@ -151,8 +152,11 @@ class Room:
 
     def _read(self, module: str, file: Path) -> Iterator[Entry]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        aliases = {node.targets[0].id: node.value for node in tree.body
-                   if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+        aliases = {
+            node.targets[0].id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
         for node in tree.body:
             if not isinstance(node, ast.FunctionDef | ast.ClassDef):
                 continue
@@ -212,8 +216,9 @@ def _options(node: ast.FunctionDef | ast.ClassDef, aliases: Mapping[str, ast.exp
         yield _option(argument.arg, argument.annotation, default, aliases)
 
 
-def _option(name: str, annotation: ast.expr | None, default: ast.expr | None,
-            aliases: Mapping[str, ast.expr]) -> Option:
+def _option(
+    name: str, annotation: ast.expr | None, default: ast.expr | None, aliases: Mapping[str, ast.expr]
+) -> Option:
     if isinstance(annotation, ast.Name) and annotation.id in aliases:
         annotation = aliases[annotation.id]
     value = None if default is None else ast.literal_eval(default)

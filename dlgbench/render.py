@@ -13,8 +13,9 @@ from rich.box import HEAVY_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import leaderboard
-from dlgbench.leaderboard import Grid, Row, fitting
+from dlgbench import columns
+from dlgbench.columns import Grid, fitting
+from dlgbench.leaderboard import Row
 
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
           "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "≥": r"$\geq$",
@@ -24,9 +25,17 @@ _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"
 
 def rich_table(title: str, rows: Sequence[Row], width: int) -> Table:
     """The table for a terminal of ``width`` characters, partial rows included and dimmed."""
-    grid = fitting(whole := leaderboard.grid(rows), width)
-    table = Table(title=Text(printable(title), style="bold"), caption=Text(_caption(whole, grid)), box=HEAVY_HEAD,
-                  show_edge=False, pad_edge=False, padding=(0, 1), title_justify="left", caption_justify="left")
+    grid = fitting(whole := columns.grid(rows), width)
+    table = Table(
+        title=Text(printable(title), style="bold"),
+        caption=Text(_caption(whole, grid)),
+        box=HEAVY_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        title_justify="left",
+        caption_justify="left",
+    )
     for column in grid.columns:
         table.add_column(Text(column.title), justify="left" if column.is_text else "right", overflow="fold")
     for row, line in zip(rows, grid.lines, strict=True):
@@ -37,13 +46,15 @@ def rich_table(title: str, rows: Sequence[Row], width: int) -> Table:
 
 def markdown(title: str, rows: Sequence[Row]) -> str:
     """A GitHub table of the complete rows, with the meaning of every column."""
-    grid = leaderboard.grid(complete(rows))
+    grid = columns.grid(complete(rows))
     rule = [":--" if column.is_text else "--:" for column in grid.columns]
     head = [_markdown(column.title) for column in grid.columns]
     lines = [head, rule, *([_markdown(cell) for cell in line] for line in grid.lines)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     shared = "".join(f"{name}: {_markdown(value)}. " for name, value in grid.shared.items())
-    meaning = "; ".join(f"*{_markdown(column.title)}*: {_markdown(column.meaning)}" for column in grid.columns)
+    meaning = "; ".join(
+        f"*{_markdown(column.title)}*: {_markdown(column.meaning)}" for column in grid.columns
+    )
     return f"### {_markdown(title)}\n\n{text}\n\n{shared.capitalize()}{meaning}.{_omitted(rows)}\n"
 
 
@@ -61,14 +72,14 @@ def comma_separated(title: str, rows: Sequence[Row]) -> str:
 
 def latex(title: str, rows: Sequence[Row]) -> str:
     """A table for the booktabs package; complete rows only."""
-    grid = leaderboard.grid(complete(rows))
+    grid = columns.grid(complete(rows))
     layout = "".join("l" if column.is_text else "r" for column in grid.columns)
     body = [" & ".join(map(_latex, line)) + r" \\" for line in grid.lines]
     head = " & ".join(_latex(column.title) for column in grid.columns) + r" \\"
     shared = ", ".join(f"{name}: {value}" for name, value in grid.shared.items())
     return "\n".join([
-        r"\begin{table}", rf"\caption{{{_latex(title)}; {_latex(shared)}}}", rf"\begin{{tabular}}{{{layout}}}",
-        r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        r"\begin{table}", rf"\caption{{{_latex(f'{title}; {shared}')}}}",
+        rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
 
 

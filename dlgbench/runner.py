@@ -46,6 +46,7 @@ class Summary:
 
 def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> list[Case]:
     """The cases that a run has to compute."""
+
     def settled(case: Case) -> bool:
         record = found.get(case.id)
         return record is not None and not (limits.retry_failed and record.broken)
@@ -53,7 +54,9 @@ def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> 
     return [case for case in cases if limits.force or not settled(case)]
 
 
-def run(cases: Sequence[Case], store: Store, data: Data, setup: Setup, limits: Limits, watch: Watch) -> Summary:
+def run(
+    cases: Sequence[Case], store: Store, data: Data, setup: Setup, limits: Limits, watch: Watch
+) -> Summary:
     """Run what is pending, one trial after the other, saving each as it ends."""
     found, _ = store.load(cases)
     todo = pending(cases, found, limits)

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +18,6 @@ from dlgbench.display import display, label
 from dlgbench.errors import EnvironmentBroken, UsageError
 from dlgbench.grid import Data, manifest, most_seconds, why_not
 from dlgbench.records import Manifest
-from dlgbench.registry import NETWORKS
 from dlgbench.runner import Limits, Summary
 from dlgbench.store import Store
 from dlgbench.trial import Setup
@@ -53,10 +52,8 @@ def _manifests(options: argparse.Namespace, data: Data) -> list[Manifest]:
     only: dict[str, list[str]] = {}
     for path, value in map(_assignment, options.only):
         only.setdefault(path, []).append(value)
-    pins = [*map(_assignment, options.pins)]
-    for name in ("seeds", "images", "steps", "dtype"):
-        if (value := getattr(options, name)) is not None:
-            pins.append((name, str(value)))
+    sizes = {name: getattr(options, name) for name in ("seeds", "images", "steps", "dtype")}
+    pins = [*map(_assignment, options.pins), *((k, str(v)) for k, v in sizes.items() if v is not None)]
     found = []
     for name in dict.fromkeys(names):
         chosen = plan.find(name)
@@ -76,52 +73,76 @@ def _assignment(text: str) -> tuple[str, str]:
 def _check_device(options: argparse.Namespace) -> None:
     if options.devices > 1:
         raise UsageError(
-            f"--devices: expected 1, got {options.devices}; several devices would average the gradients of unrelated "
-            "trials: start one `dlgbench run` per device instead, each with its own --only and the same --out"
+            f"--devices: expected 1, got {options.devices}; several devices would average the gradients of "
+            "unrelated trials: start one `dlgbench run` per device, each with its own --only, same --out"
         )
     try:
         trial.device_of(options.accelerator)
     except (MisconfigurationException, RuntimeError) as error:
-        raise EnvironmentBroken(f"--accelerator {options.accelerator}: {error}; use --accelerator cpu") from None
+        raise EnvironmentBroken(
+            f"--accelerator {options.accelerator}: {error}; use --accelerator cpu"
+        ) from None
 
 
-def _dry_run(options: argparse.Namespace, console: Console, store: Store, cases: Sequence[Case], limits: Limits,
-             data: Data) -> int:
+def _dry_run(
+    options: argparse.Namespace,
+    console: Console,
+    store: Store,
+    cases: Sequence[Case],
+    limits: Limits,
+    data: Data,
+) -> int:
     found, _ = store.load(cases)
     todo = set(runner.pending(cases, found, limits))
-    rows = [(case, "missing" if case in todo else "cached", why_not(case, data),
-             _estimate(case) if case in todo else 0.0) for case in cases]
+    rows = [
+        (
+            case,
+            "missing" if case in todo else "cached",
+            why_not(case, data),
+            most_seconds(case) if case in todo else 0.0,
+        )
+        for case in cases
+    ]
     total = sum(seconds for _, _, reason, seconds in rows if not reason)
     if options.json:
-        print(json.dumps({"at_most_seconds": round(total), "cases": [
-            {"id": case.id, "state": state, "skip": reason, "at_most_seconds": round(seconds), "case": case.plain()}
-            for case, state, reason, seconds in rows]}, indent=1))  # fmt: skip
+        told = [
+            {"id": case.id, "state": state, "skip": reason, "at_most_seconds": round(s), "case": case.plain()}
+            for case, state, reason, s in rows
+        ]
+        print(json.dumps({"at_most_seconds": round(total), "cases": told}, indent=1))
         return cli.OK
     table = Table("id", "case", "steps", "state", "at most", box=None, header_style="bold", pad_edge=False)
     for case, state, reason, seconds in rows:
         state = f"skipped: {reason}" if reason else state
         table.add_row(case.id, Text(label(case)), str(case.steps), Text(state), f"{seconds:.0f} s")
     console.print(table)
-    console.print(f"{len(todo)} of {len(cases)} cases are missing; at most {total / 60:.0f} minutes on two CPU cores")
+    console.print(
+        f"{len(todo)} of {len(cases)} cases are missing; at most {total / 60:.0f} minutes on two CPU cores"
+    )
     return cli.OK
 
 
-def _estimate(case: Case) -> float:
-    facts = NETWORKS.entry(case.network.name).facts
-    return most_seconds(case, facts["closure_seconds"], (facts["batch"], facts["resolution"]))
-
-
-def _report(options: argparse.Namespace, console: Console, store: Store, manifests: Sequence[Manifest],
-            summary: Summary) -> int:
+def _report(
+    options: argparse.Namespace,
+    console: Console,
+    store: Store,
+    manifests: Sequence[Manifest],
+    summary: Summary,
+) -> int:
     for one in manifests:
         if summary.computed or not list((store.root / "tables").glob(f"{one.name}.*")):
             store.tabulate(one)
             store.plot(one)
         cli.print_table(console, store, one, "json" if options.json else "rich")
     broken = sum(record.broken for record in summary.computed)
-    console.print(f"{len(summary.computed)} trials computed ({broken} broke), {summary.cached} were there; tables, "
-                  f"plots and records are in {store.root}; curves: tensorboard --logdir {store.tensorboard} "
-                  "--samples_per_plugin images=200", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{len(summary.computed)} trials computed ({broken} broke), {summary.cached} were there; tables, "
+        f"plots and records are in {store.root}; curves: tensorboard --logdir {store.tensorboard} "
+        "--samples_per_plugin images=200",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     if summary.out_of_time:
         return cli.OUT_OF_TIME
     return cli.FAILED if broken else cli.OK

@@ -43,7 +43,9 @@ class Store:
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(13, "Permission denied")
         except OSError as error:
-            raise UsageError(f"--out {self.root}: expected a directory to write to, got {error.strerror}") from None
+            raise UsageError(
+                f"--out {self.root}: expected a directory to write to, got {error.strerror}"
+            ) from None
 
     def put(self, record: Record, pictures: bytes) -> None:
         """Save a trial: the record comes last, so that where it is, all is."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -101,9 +102,11 @@ def attack_on(case: Case, network: Network) -> Attack:
     return attack
 
 
-def _record(case: Case, found: Reconstruction, attack: Attack, judge: Judge, verdict: Status | None) -> Record:
+def _record(
+    case: Case, found: Reconstruction, attack: Attack, judge: Judge, verdict: Status | None
+) -> Record:
     order = assign(found.images[0].clamp(0, 1), judge.images)
-    images = fidelity(found.images[0][order], judge.images)
+    images: list[dict[str, Any]] = [*fidelity(found.images[0][order], judge.images)]
     trivial = {name: fidelity(picture, judge.images) for name, picture in baselines(judge.images).items()}
     labels = found.labels[0].argmax(-1)[order].tolist()
     for index, (image, label, truth) in enumerate(zip(images, labels, judge.labels.tolist(), strict=True)):
@@ -141,7 +144,9 @@ def device_of(accelerator: str) -> torch.device:
     return trainer_on(accelerator, None, []).strategy.root_device
 
 
-def trainer_on(accelerator: str, logger: TensorBoardLogger | None, callbacks: list[pl.Callback]) -> pl.Trainer:
+def trainer_on(
+    accelerator: str, logger: TensorBoardLogger | None, callbacks: list[pl.Callback]
+) -> pl.Trainer:
     """A Trainer that runs one epoch, one step a batch, and adds nothing of its own."""
     return pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=1, logger=logger or False, callbacks=callbacks,
@@ -159,11 +164,18 @@ def _logger(case: Case, folder: Path | None) -> TensorBoardLogger | None:
 
 def _flat(case: Case) -> dict[str, Value]:
     """The case as TensorBoard's hparams: strings and numbers only."""
-    return {key: str(getattr(case, key)) if isinstance(value, dict) else value for key, value in case.plain().items()}
+    return {
+        key: str(getattr(case, key)) if isinstance(value, dict) else value
+        for key, value in case.plain().items()
+    }
 
 
 def _finals(record: Record) -> dict[str, float]:
-    means = {name: [row[name] for row in record.images] for name in ("mse", "psnr", "ssim") if name in record.images[0]}
+    means = {
+        name: [row[name] for row in record.images]
+        for name in ("mse", "psnr", "ssim")
+        if name in record.images[0]
+    }
     finals: dict[str, float | None] = {name: sum(values) / len(values) for name, values in means.items()}
     finals |= {"objective": record.objective, "relative": record.relative}
     return {name: value for name, value in finals.items() if value is not None}

@@ -26,8 +26,9 @@ def network_of(case: Case) -> Network:
 def secret_of(case: Case, dataset: Dataset) -> Secret:
     """The private batch of one case; images that carry no class get one drawn from the case's seed."""
     indices = [(case.image * case.batch + i) % len(dataset) for i in range(case.batch)]
-    images = [datasets.prepare(dataset.image(i), case.resolution, case.preparation, case.channels)
-              for i in indices]
+    images = [
+        datasets.prepare(dataset.image(i), case.resolution, case.preparation, case.channels) for i in indices
+    ]
     drawn = torch.randint(case.classes, (case.batch,), generator=_generator(case, "labels")).tolist()
     labels = [d if (k := dataset.label(i)) is None else k for i, d in zip(indices, drawn, strict=True)]
     return Secret(torch.stack(images).to(getattr(torch, case.dtype))[None], torch.tensor(labels)[None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from dlgbench import trial
 from dlgbench.attacks.base import Task
 from dlgbench.attacks.dlg import DLG
+from dlgbench.callbacks import Guard, Judge
 from dlgbench.case import Case, DType, stream
 from dlgbench.leak import Leak
 from dlgbench.prepare import Dropout, Network
@@ -52,10 +55,11 @@ def textbook(one: Case) -> tuple[list[float], Tensor]:
         loss = F.cross_entropy(model(image), label.softmax(-1))
         ours = torch.autograd.grad(loss, parameters, create_graph=True)
         distance = torch.stack([(a - b).square().sum() for a, b in zip(ours, target, strict=True)]).sum()
-        distance.backward(inputs=[image, label])
+        torch.autograd.backward(distance, inputs=[image, label])
         return distance.detach()
 
-    losses = [float(optimizer.step(closure)) for _ in range(one.steps)]
+    step: Callable[..., Tensor] = optimizer.step
+    losses = [float(step(closure)) for _ in range(one.steps)]
     return losses, image.detach()
 
 
@@ -141,8 +145,12 @@ def test_rows_of_a_batch_of_cases_are_independent() -> None:
     cases = [case(image=0, seed=0, steps=1), case(image=1, seed=1, steps=1)]
     network = network_of(cases[0])
     leaks = [leak_of(one, network_of(one), secret_of(one, PHOTOS)) for one in cases]
-    both = Leak(*({name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                  for parts in zip(*leaks, strict=True)))
+    both = Leak(
+        *(
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for parts in zip(*leaks, strict=True)
+        )
+    )
     generators = [torch.Generator().manual_seed(stream(one, "attack")) for one in cases]
     wide = DLG(network, Task(*cases[0].shape, 100, generators))
     together = wide.objectives(wide.dummy_images, wide.dummy_labels, both)
@@ -154,9 +162,8 @@ def test_rows_of_a_batch_of_cases_are_independent() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_an_attacker_draws_the_masks_it_was_not_given(known: bool) -> None:
-    network = Network(nn.Sequential(nn.Flatten(), Dropout(0.5), nn.Linear(12, 3)))
-    layer = network.body[1]
-    assert isinstance(layer, Dropout)
+    layer = Dropout(0.5)
+    network = Network(nn.Sequential(nn.Flatten(), layer, nn.Linear(12, 3)))
     layer.shape = torch.Size((1, 12))
     mask = network.draw_masks(torch.Generator().manual_seed(7)) if known else {}
     weights = {name: tensor.detach()[None] for name, tensor in network.named_parameters()}
@@ -172,7 +179,11 @@ def test_a_nan_objective_ends_the_trial() -> None:
     network = network_of(one)
     leak = leak_of(one, network, secret_of(one, PHOTOS))
     poisoned = leak._replace(gradients={k: v * torch.nan for k, v in leak.gradients.items()})
-    attack, judge, guard = trial.attack_on(one, network), trial.Judge(secret_of(one, PHOTOS), 5), trial.Guard(60)
+    attack, judge, guard = (
+        trial.attack_on(one, network),
+        Judge(secret_of(one, PHOTOS), 5),
+        Guard(60),
+    )
     trial.trainer_on("cpu", None, [judge, guard]).fit(attack, trial.Frozen(poisoned, one.steps))
     assert guard.verdict == "diverged"
     assert len(attack.trace) == 1

@@ -17,7 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dlgbench import cli
 
-LENET = ["run", "architectures", "--only", "network=lenet_dlg", "--seeds", "1", "--images", "2", "--steps", "3"]
+LENET = [
+    "run",
+    "architectures",
+    "--only",
+    "network=lenet_dlg",
+    "--seeds",
+    "1",
+    "--images",
+    "2",
+    "--steps",
+    "3",
+]
 Command = Callable[..., int]
 
 
@@ -48,8 +59,12 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "dlgbench", *arguments], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dlgbench", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait_for(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -78,15 +93,24 @@ def test_tensorboard_holds_scalars_images_and_hparams(finished: Path) -> None:
         events = EventAccumulator(str(finished / "tensorboard" / record["id"])).Reload()
         assert [event.step for event in events.Scalars("mse")] == [0, 1, 2, 3]
         assert [event.value for event in events.Scalars("mse")] == pytest.approx(record["history"]["mse"])
-        assert [event.value for event in events.Scalars("objective")] == pytest.approx(record["history"]["objective"][:3])
+        assert [event.value for event in events.Scalars("objective")] == pytest.approx(
+            record["history"]["objective"][:3]
+        )
         assert {"psnr", "ssim", "final/psnr", "final/mse"} <= set(events.Tags()["scalars"])
-        assert {"evolution", "private_and_last_iterate"} <= {tag.split("/")[0] for tag in events.Tags()["images"]}
-        assert "_hparams_/session_start_info" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data \
-            .plugin_name or "_hparams_/experiment" in events.summary_metadata
+        assert {"evolution", "private_and_last_iterate"} <= {
+            tag.split("/")[0] for tag in events.Tags()["images"]
+        }
+        assert (
+            "_hparams_/session_start_info"
+            in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name
+            or "_hparams_/experiment" in events.summary_metadata
+        )
 
 
 @pytest.mark.parametrize("form", ["rich", "md", "csv", "tex"])
-def test_tables_show_the_run_and_its_baselines(finished: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_the_run_and_its_baselines(
+    finished: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["table", "--out", str(finished), "--format", form]) == cli.OK
     shown = capsys.readouterr().out.replace("\\", "")
     assert "lenet_dlg" in shown
@@ -100,10 +124,23 @@ def test_show_prints_one_record(finished: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["show", "zz", "--out", str(finished)]) == cli.USAGE
 
 
-def test_dry_run_tells_cached_from_missing_and_writes_nothing(finished: Path, tmp_path: Path,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "architectures", "--only", "network=lenet_dlg", "--seeds", "1", "--images", "3",
-                 "--steps", "3", "--dry-run", "--json"]
+def test_dry_run_tells_cached_from_missing_and_writes_nothing(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "run",
+        "architectures",
+        "--only",
+        "network=lenet_dlg",
+        "--seeds",
+        "1",
+        "--images",
+        "3",
+        "--steps",
+        "3",
+        "--dry-run",
+        "--json",
+    ]
     assert cli.main([*arguments, "--out", str(finished)]) == cli.OK
     states = [case["state"] for case in json.loads(capsys.readouterr().out)["cases"]]
     assert states == ["cached", "cached", "missing"]
@@ -111,7 +148,9 @@ def test_dry_run_tells_cached_from_missing_and_writes_nothing(finished: Path, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_a_limited_run_is_partial_and_in_no_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limited_run_is_partial_and_in_no_leaderboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main([*LENET, "--limit", "1", "--out", str(tmp_path)]) == cli.OK
     assert "partial: 1 of 2" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["table", "--format", "md", "--out", str(tmp_path)]) == cli.OK
@@ -120,7 +159,9 @@ def test_a_limited_run_is_partial_and_in_no_leaderboard(tmp_path: Path, capsys: 
     assert "| lenet" not in shown
 
 
-def test_a_damaged_record_is_reported_left_out_and_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_reported_left_out_and_repaired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one = [*LENET[:6], "--images", "1", "--steps", "2", "--out", str(tmp_path)]
     assert cli.main(one) == cli.OK
     (path,) = (tmp_path / "records").iterdir()
@@ -135,7 +176,16 @@ def test_a_damaged_record_is_reported_left_out_and_repaired(tmp_path: Path, caps
 
 
 def test_a_skipped_case_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "architectures", "--only", "network=inception_v3", "--set", "batch=1", "--out", str(tmp_path)]
+    arguments = [
+        "run",
+        "architectures",
+        "--only",
+        "network=inception_v3",
+        "--set",
+        "batch=1",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(arguments) == cli.OK
     assert "more than 1 value per channel" in " ".join(capsys.readouterr().out.split())
 
@@ -158,11 +208,17 @@ WRONG = {
     "no such case": (["run", "all", "--only", "seed=99"], "expected at least one case"),
     "bad dtype": (["run", "all", "--dtype", "float16"], "expected one of float32, float64"),
     "bad number": (["run", "all", "--set", "batch=two"], "expected a whole number"),
-    "bad range": (["run", "all", "--only", "network=lenet5", "--set", "attack.history=0"], "expected history > 0"),
+    "bad range": (
+        ["run", "all", "--only", "network=lenet5", "--set", "attack.history=0"],
+        "expected history > 0",
+    ),
     "two devices": (["run", "all", "--devices", "2"], "would average the gradients"),
     "no data root": (["run", "all", "--set", "dataset=cifar10"], "--data-root"),
     "no folder": (["run", "all", "--set", "dataset=folder:/no/such/folder"], "/no/such/folder"),
-    "bad init": (["run", "all", "--set", "network.init=unifrom:0.5"], "expected one of default, uniform:BOUND"),
+    "bad init": (
+        ["run", "all", "--set", "network.init=unifrom:0.5"],
+        "expected one of default, uniform:BOUND",
+    ),
 }
 
 
@@ -184,21 +240,26 @@ def test_bad_requests_end_with_code_2_before_anything_is_written(
     ("[grid]\nnetwork = ['lenet5']\n[quik]\n", "did you mean 'quick'?"),
     ("[grid]\nnetwork = ['lenet5']\n[quick]\nsteps = 0\n", "quick.steps: expected a whole number >= 1"),
 ])  # fmt: skip
-def test_a_malformed_plan_names_its_fault(text: str, expected: str, tmp_path: Path,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_plan_names_its_fault(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.toml").write_text(text)
     assert cli.main(["run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == cli.USAGE
     assert expected in capsys.readouterr().err
 
 
-def test_an_unwritable_output_directory_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_output_directory_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert cli.main([*LENET, "--out", str(tmp_path / "file" / "out")]) == cli.USAGE
     assert "expected a directory to write to" in capsys.readouterr().err
 
 
 def test_a_plan_of_ones_own_runs_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.toml").write_text("[grid]\nnetwork = ['lenet_dlg:activation=tanh']\n[quick]\nsteps = 1\n")
+    (tmp_path / "mine.toml").write_text(
+        "[grid]\nnetwork = ['lenet_dlg:activation=tanh']\n[quick]\nsteps = 1\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "mine.toml"]) == cli.OK
     (record,) = contents(tmp_path / "runs" / "records").values()
@@ -207,7 +268,9 @@ def test_a_plan_of_ones_own_runs_from_any_directory(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_a_run_with_their_codes(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    process = start("run", "architectures", "--only", "network=lenet5", "--steps", "2000", "--out", str(tmp_path))
+    process = start(
+        "run", "architectures", "--only", "network=lenet5", "--steps", "2000", "--out", str(tmp_path)
+    )
     while not list(tmp_path.glob("tensorboard/*/events*")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -232,12 +295,23 @@ def test_a_killed_run_resumes_to_the_same_records(tmp_path: Path) -> None:
 
 
 def test_running_out_of_time_is_code_3_and_leaves_no_record(tmp_path: Path) -> None:
-    arguments = ["run", "architectures", "--only", "network=lenet_dlg", "--steps", "500", "--out", str(tmp_path)]
+    arguments = [
+        "run",
+        "architectures",
+        "--only",
+        "network=lenet_dlg",
+        "--steps",
+        "500",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main([*arguments, "--time-limit", "0.01"]) == cli.OUT_OF_TIME
     assert not contents(tmp_path / "records")
 
 
-def test_a_broken_trial_is_code_1_and_is_retried_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_trial_is_code_1_and_is_retried_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [*LENET[:6], "--images", "1", "--steps", "400", "--out", str(tmp_path)]
     assert cli.main([*arguments, "--trial-timeout", "0.0001"]) == cli.FAILED
     assert next(iter(contents(tmp_path / "records").values()))["status"] == "timeout"
@@ -250,7 +324,9 @@ def test_a_broken_trial_is_code_1_and_is_retried_on_demand(tmp_path: Path, capsy
 
 def test_help_list_and_table_do_not_import_torch(finished: Path) -> None:
     for arguments in (["list"], ["list", "--json"], ["table", "--out", str(finished)]):
-        code = f"import sys; from dlgbench import cli; cli.main({arguments!r}); sys.exit('torch' in sys.modules)"
+        code = (
+            f"import sys; from dlgbench import cli; cli.main({arguments!r}); sys.exit('torch' in sys.modules)"
+        )
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     code = "import sys, dlgbench.cli, dlgbench.doctor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -258,10 +334,16 @@ def test_help_list_and_table_do_not_import_torch(finished: Path) -> None:
 
 def test_a_broken_torch_is_code_4_with_the_way_to_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "dlgbench", *LENET, "--out", str(tmp_path / "out")], text=True,
-                          env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dlgbench", *LENET, "--out", str(tmp_path / "out")],
+        text=True,
+        env=environment,
+        capture_output=True,
+    )
     assert done.returncode == cli.BROKEN
     assert "dlgbench doctor" in done.stderr
 

@@ -393,11 +393,10 @@ def test_eight_pixels_are_taken_or_refused_with_a_reason(text: str, fits: bool) 
 
 
 @pytest.mark.parametrize("name", DEEP)
-@pytest.mark.parametrize("side", [1, 2, 16, 31, 48, 75, 150, 223])
+@pytest.mark.parametrize("side", [1, 31, 75, 223])
 def test_odd_resolutions_are_taken_or_refused(name: str, side: int) -> None:
-    for options in ("batchnorm=train", "batchnorm=eval"):
-        for batch in (1, 3):
-            refused_or_shape(f"{name}:{options}", batch, side)
+    refused_or_shape(name, 1, side)
+    refused_or_shape(f"{name}:batchnorm=eval", 3, side)
 
 
 def refused_or_shape(text: str, batch: int, side: int) -> None:

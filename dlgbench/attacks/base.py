@@ -94,7 +94,9 @@ class Attack(pl.LightningModule, ABC):
             self.keep(self.objectives(self.dummy_images, self.dummy_labels, leak))
             objective = self.objectives(self.best_images, self.best_labels, leak)
             images, labels = self.pixels(self.best_images), self.best_labels.softmax(-1)
-            relative = torch.stack([self._relative(*row) for row in zip(images, labels, self._rows(leak), strict=True)])
+            relative = torch.stack(
+                [self._relative(*row) for row in zip(images, labels, self._rows(leak), strict=True)]
+            )
         return Reconstruction(images, labels, objective, relative)
 
     def on_fit_start(self) -> None:
@@ -116,15 +118,19 @@ class Attack(pl.LightningModule, ABC):
         return objective
 
     def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
-        loss.sum().backward(inputs=[self.dummy_images, self.dummy_labels])
+        torch.autograd.backward(loss.sum(), inputs=[self.dummy_images, self.dummy_labels])
 
     def keep(self, objective: Tensor) -> None:
         """Note the objective at the current iterate, and the iterate where it is the best so far."""
         self.trace.append(objective)
         better = objective < self.best_objective
         self.best_objective = torch.where(better, objective, self.best_objective)
-        self.best_images = torch.where(_like(better, self.best_images), self.dummy_images.detach(), self.best_images)
-        self.best_labels = torch.where(_like(better, self.best_labels), self.dummy_labels.detach(), self.best_labels)
+        self.best_images = torch.where(
+            _like(better, self.best_images), self.dummy_images.detach(), self.best_images
+        )
+        self.best_labels = torch.where(
+            _like(better, self.best_labels), self.dummy_labels.detach(), self.best_labels
+        )
 
     def _relative(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         ours = self.gradients(images, labels, leak)

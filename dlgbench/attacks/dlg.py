@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,22 @@ class DLG(Attack):
     defaults of ``torch.optim.LBFGS``, which the code leaves as they are.
     """
 
-    def __init__(self, network: Network, task: Task, *, learning_rate: float = 1.0, history: int = 100,
-                 iterations: int = 20, tolerance_gradient: float = 1e-7,
-                 tolerance_change: float = 1e-9) -> None:
+    def __init__(
+        self,
+        network: Network,
+        task: Task,
+        *,
+        learning_rate: float = 1.0,
+        history: int = 100,
+        iterations: int = 20,
+        tolerance_gradient: float = 1e-7,
+        tolerance_change: float = 1e-9,
+    ) -> None:
         super().__init__(network, task)
-        self.hyperparameters = {
-            "lr": learning_rate, "history_size": history, "max_iter": iterations,
-            "tolerance_grad": tolerance_gradient, "tolerance_change": tolerance_change,
-        }  # fmt: skip
+        self.optimizer = partial(
+            torch.optim.LBFGS, lr=learning_rate, history_size=history, max_iter=iterations,
+            tolerance_grad=tolerance_gradient, tolerance_change=tolerance_change,
+        )  # fmt: skip
 
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Standard normal noise for both, the images' in the network's normalised input."""
@@ -38,4 +48,4 @@ class DLG(Attack):
         return squared_distance(self.gradients(images, labels.softmax(-1), leak), leak.gradients)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS([self.dummy_images, self.dummy_labels], **self.hyperparameters)
+        return self.optimizer([self.dummy_images, self.dummy_labels])

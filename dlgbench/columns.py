@@ -1,0 +1,103 @@
+"""The columns of a table: rows → texts, and which of them fit a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dlgbench.leaderboard import Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of every rendered table; those of higher ``rank`` go first where room is short."""
+
+    title: str
+    meaning: str
+    rank: int
+    show: Callable[[Row], str]
+    is_text: bool = False
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "–" if value is None else format(value, pattern)
+
+
+def _rate(row: Row) -> str:
+    if row.reason:
+        return "skipped"
+    if not row.attack:
+        return "–"
+    low, high = row.interval
+    return f"{row.recovered}/{row.trials} [{100 * low:.0f}–{100 * high:.0f} %]"
+
+
+def _trouble(row: Row) -> str:
+    parts = {"diverged": row.diverged, "matched but wrong": row.mismatched, "broken": row.broken}
+    told = [f"{count} {name}" for name, count in parts.items() if count]
+    partial = [f"partial: {row.trials} of {row.planned}"] if row.partial else []
+    return ", ".join(partial + told) or row.reason
+
+
+COLUMNS = (
+    Column("network", "with every option that is not its default", 0, lambda row: row.name, True),
+    Column("attack", "with every option that is not its default", 0, lambda row: row.attack, True),
+    Column("defense", "what the client does to its gradient", 0, lambda row: row.defense, True),
+    Column("data", "the dataset of the private images", 0, lambda row: row.dataset, True),
+    Column("px", "resolution of the private images", 1, lambda row: str(row.resolution)),
+    Column("B", "images per gradient", 2, lambda row: str(row.batch)),
+    Column("steps", "of the attack's optimiser; fewer than 300 are a taste, not the study's protocol", 1,
+           lambda row: f"{row.steps}" if row.attack else "–"),
+    Column("recovered", "trials whose every image is recognisable or better, 95 % Wilson interval", 0, _rate),
+    Column("exact", "trials whose every image has PSNR ≥ 40 dB", 2,
+           lambda row: str(row.exact) if row.attack else "–"),
+    Column("PSNR", "dB, median over all trials, failures the worst", 0, lambda row: _number(row.psnr, ".1f")),
+    Column("SSIM", "median over all trials, failures the worst", 3, lambda row: _number(row.ssim, ".3f")),
+    Column("labels", "share of images whose label is right", 4,
+           lambda row: _number(row.label_accuracy, ".0%")),
+    Column("conv.", "median step from which the MSE stays within twice its last value, if not failed", 4,
+           lambda row: _number(row.convergence_step, ".0f")),
+    Column("|Δg|²/|g|²", "relative squared gradient distance, median", 5,
+           lambda row: _number(row.relative, ".0e")),
+    Column("closures", "evaluations of the objective, median", 6,
+           lambda row: _number(row.closures or None, ".0f")),
+    Column("s", "seconds a trial, median", 6, lambda row: _number(row.seconds or None, ".0f")),
+    Column("failures", "what went wrong; all of it counts in the denominators", 3, _trouble, True),
+)  # fmt: skip
+_HOISTED = ("attack", "defense", "data")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as texts; what all its attacks have in common stands in ``shared`` instead of a column."""
+
+    columns: list[Column]
+    lines: list[list[str]]
+    shared: dict[str, str]
+
+
+def grid(found: Sequence[Row]) -> Grid:
+    """The texts of ``found``, without the columns in which nothing stands or which all rows share."""
+    texts = [[column.show(row) for column in COLUMNS] for row in found]
+    values = [{line[i] for line in texts} - {"", "–"} for i in range(len(COLUMNS))]
+    hoisted = [column.title in _HOISTED and len(values[i]) == 1 for i, column in enumerate(COLUMNS)]
+    keep = [i for i in range(len(COLUMNS)) if values[i] and not hoisted[i]]
+    shared = {COLUMNS[i].title: next(iter(values[i])) for i in range(len(COLUMNS)) if hoisted[i]}
+    return Grid([COLUMNS[i] for i in keep], [[line[i] for i in keep] for line in texts], shared)
+
+
+def fitting(whole: Grid, width: int) -> Grid:
+    """``whole`` less its least important columns, until its lines have at most ``width`` characters."""
+    keep = list(range(len(whole.columns)))
+
+    def needed() -> int:
+        return sum(
+            max(len(text) for text in [whole.columns[i].title, *(line[i] for line in whole.lines)]) + 3
+            for i in keep
+        )
+
+    while needed() > width and max(whole.columns[i].rank for i in keep) > 0:
+        keep.remove(max(keep, key=lambda i: whole.columns[i].rank))
+    return Grid(
+        [whole.columns[i] for i in keep], [[line[i] for i in keep] for line in whole.lines], whole.shared
+    )
