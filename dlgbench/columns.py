@@ -17,6 +17,8 @@ class Column:
     rank: int
     show: Callable[[Row], str]
     is_text: bool = False
+    width: int = 40
+    """Characters at most on a terminal; longer texts wrap."""
 
 
 def _number(value: float | None, pattern: str) -> str:
@@ -40,12 +42,12 @@ def _trouble(row: Row) -> str:
 
 
 COLUMNS = (
-    Column("network", "with every option that is not its default", 0, lambda row: row.name, True),
+    Column("network", "with every option that is not its default; in brackets, the trivial baselines", 0, lambda row: row.name, True),
     Column("attack", "with every option that is not its default", 0, lambda row: row.attack, True),
     Column("defense", "what the client does to its gradient", 0, lambda row: row.defense, True),
     Column("data", "the dataset of the private images", 0, lambda row: row.dataset, True),
     Column("px", "resolution of the private images", 1, lambda row: str(row.resolution)),
-    Column("B", "images per gradient", 2, lambda row: str(row.batch)),
+    Column("B", "images per gradient", 3, lambda row: str(row.batch)),
     Column("steps", "of the attack's optimiser; fewer than 300 are a taste, not the study's protocol", 1,
            lambda row: f"{row.steps}" if row.attack else "–"),
     Column("recovered", "trials whose every image is recognisable or better, 95 % Wilson interval", 0, _rate),
@@ -62,7 +64,7 @@ COLUMNS = (
     Column("closures", "evaluations of the objective, median", 6,
            lambda row: _number(row.closures or None, ".0f")),
     Column("s", "seconds a trial, median", 6, lambda row: _number(row.seconds or None, ".0f")),
-    Column("failures", "what went wrong; all of it counts in the denominators", 3, _trouble, True),
+    Column("failures", "what went wrong; all of it counts in the denominators", 1, _trouble, True, 18),
 )  # fmt: skip
 _HOISTED = ("attack", "defense", "data")
 
@@ -91,10 +93,10 @@ def fitting(whole: Grid, width: int) -> Grid:
     keep = list(range(len(whole.columns)))
 
     def needed() -> int:
-        return sum(
-            max(len(text) for text in [whole.columns[i].title, *(line[i] for line in whole.lines)]) + 3
-            for i in keep
-        )
+        return sum(min(max(map(len, texts(i))), whole.columns[i].width) + 3 for i in keep)
+
+    def texts(i: int) -> list[str]:
+        return [whole.columns[i].title, *(line[i] for line in whole.lines)]
 
     while needed() > width and max(whole.columns[i].rank for i in keep) > 0:
         keep.remove(max(keep, key=lambda i: whole.columns[i].rank))

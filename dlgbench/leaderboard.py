@@ -134,7 +134,7 @@ def _baseline(name: str, records: Sequence[Record]) -> Row:
     values: dict[str, Any] = {
         metric: median(_mean(row, metric) for row in rows) for metric in WORST if metric in rows[0][0]
     }
-    return Row(name=f"baseline: {name.replace('_', ' ')}", **_input(records[0].case), **values)
+    return Row(name=f"({name.replace('_', ' ')})", **_input(records[0].case), **values)
 
 
 def _input(case: Case) -> dict[str, Any]:

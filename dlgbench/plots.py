@@ -8,7 +8,6 @@ import textwrap
 import warnings
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,13 +21,13 @@ from matplotlib.figure import Figure
 
 from dlgbench.case import Case
 from dlgbench.records import Record, write
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS
+from dlgbench.registry import NETWORKS, ROOMS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTH, DPI, MARGIN, GAP = 1600, 150, 32, 6  # pixels, as are all sizes below
 INK, MUTED, PALE = "#222222", "#737373", "#adadad"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-DASHES = ("-", "--", ":", "-.")
+BLANK = np.full((1, 1, 1, 1, 3), 240, np.uint8)
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": PALE, "axes.spines.top": False, "axes.spines.right": False, "axes.xmargin": 0.02,
@@ -53,17 +52,17 @@ class Group:
     @property
     def tally(self) -> str:
         """Such as ``failed: 4 of 10 (1 diverged)``."""
-        lost = [record for record in self.trials if record.outcome == "failed"]
-        causes = sorted(Counter(record.status for record in lost if record.status != "done").items())
-        detail = ", ".join(f"{number} {status}" for status, number in causes)
-        return f"failed: {len(lost)} of {len(self.trials)}" + (f" ({detail})" if detail else "")
+        lost = [record.status for record in self.trials if record.outcome == "failed"]
+        causes = [f" ({lost.count(cause)} {cause})" for cause in sorted({*lost} - {"done"})]
+        return f"failed: {len(lost)} of {len(self.trials)}" + "".join(causes)
 
 
 def draw(records: Sequence[Record], pictures: Path, folder: Path) -> list[Path]:
     """Write every plot into ``folder``; ``pictures/ID.npz`` holds the arrays of a trial that has any."""
     paths = []
     # A user's matplotlibrc must not change a view; letters that the font lacks are drawn as boxes.
-    with style.context([STYLE], after_reset=True), warnings.catch_warnings(action="ignore", category=UserWarning):
+    with style.context([STYLE], after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         for name, figure in figures(grouped(records), pictures):
             figure.savefig(file := io.BytesIO(), format="png", metadata={"Software": None})
             paths.append(folder / f"{name}.png")
@@ -100,7 +99,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
     clean = [re.sub("[^a-z0-9_.-]+", "-", text.lower())[:80] for text in labels]
     slugs = [slug if clean.count(slug) == 1 else f"{slug}-{zlib.crc32(ascii(text).encode()):08x}"
              for slug, text in zip(clean, labels, strict=True)]  # fmt: skip
-    return [Group(labels[i], slugs[i], COLOURS[i % 7], DASHES[i // 7 % 4], tuple(found[case]))
+    return [Group(labels[i], slugs[i], COLOURS[i % 7], ("-", "--", ":", "-.")[i // 7 % 4], tuple(found[case]))
             for i, case in enumerate(cases)]  # fmt: skip
 
 
@@ -117,15 +116,14 @@ def label(case: Case, cases: Sequence[Case]) -> str:
 def curves(records: Sequence[Record]) -> Array:
     """MSE ``(trial, step)`` of the trials that have any; one that stopped early keeps its last value."""
     traces = [np.array(record.history.get("mse", []), dtype=float) for record in records]
-    known = [np.flatnonzero(np.isfinite(trace)) for trace in traces]
-    steps = np.arange(max(map(len, traces), default=0))
+    known, steps = [np.flatnonzero(np.isfinite(trace)) for trace in traces], np.arange(max(map(len, traces)))
     held = [trace[sound[np.searchsorted(sound[1:], steps, side="right")]]
             for trace, sound in zip(traces, known, strict=True) if len(sound)]  # fmt: skip
     return np.maximum(held, 1e-16)  # a logarithmic axis has no zero
 
 
 def read(record: Record, pictures: Path) -> list[Array] | None:
-    """Its private, reconstruction, evolution and steps; None where absent, damaged or of another shape."""
+    """Its private, reconstruction, evolution (in RGB) and steps; None where absent, damaged or misshapen."""
     frame = record.case.batch, record.case.resolution, record.case.resolution, record.case.channels
     names = [f"{name}.npy" for name in ("private", "reconstruction", "evolution", "steps")]
     try:
@@ -133,29 +131,30 @@ def read(record: Record, pictures: Path) -> list[Array] | None:
             if max(file.getinfo(name).file_size for name in names) > MOST_FRAMES * np.prod(frame) + 4096:
                 return None
             parts = [io.BytesIO(file.read(name)) for name in names]
-            arrays = [np.lib.format.read_array(part, allow_pickle=False) for part in parts]
+            *images, steps = [np.lib.format.read_array(part, allow_pickle=False) for part in parts]
     except DAMAGED:
         return None
-    count, kinds = arrays[3].size, [array.dtype.str for array in arrays]
-    fits = [array.shape for array in arrays] == [(1, *frame), (1, *frame), (count, *frame), (count,)]
-    return arrays if fits and kinds == ["|u1", "|u1", "|u1", "<i8"] and 1 <= count <= MOST_FRAMES else None
+    arrays, kinds = [*images, steps], ["|u1", "|u1", "|u1", "<i8"]
+    shapes = [(1, *frame), (1, *frame), (steps.size, *frame), (steps.size,)]
+    right = [array.shape for array in arrays] == shapes and [array.dtype.str for array in arrays] == kinds
+    if not right or not 1 <= steps.size <= MOST_FRAMES:
+        return None
+    return [*(np.broadcast_to(array, (*array.shape[:-1], 3)) for array in images), steps]
 
 
 def mse_plot(group: Group) -> Figure:
     """MSE against step: every trial that has a curve, their median and the grey image."""
-    case, rows, count = group.trials[0].case, curves(group.trials), len(group.trials)
-    about = (f"attack {ATTACKS.brief(case.attack)}, defense {DEFENSES.brief(case.defense)}, "
-             f"data {DATASETS.brief(case.dataset)}, {case.steps} steps, trials: {count}")  # fmt: skip
-    figure = _figure(800, f"{group.label}: MSE against step", _plain(about, 140))
+    case, rows = group.trials[0].case, curves(group.trials)
+    about = [f"{name} {_plain(_short(ROOMS[name].brief(getattr(case, name)), 50))}" for name in [*ROOMS][1:]]
+    about += [f"{case.steps} steps", f"trials: {len(group.trials)}"]
+    figure, _ = _page(800, f"{group.label}: MSE against step", ", ".join(about))
     axes = _chart(figure, WIDTH - 180, rows)
-    axes.plot(np.median(rows, axis=0), color=group.colour, lw=2.8, zorder=3, label=f"median (n = {len(rows)})")
-    lost = [record for record in group.trials if record.outcome == "failed"]
-    kept = [record for record in group.trials if record.outcome != "failed"]
-    text = f"partial or better: {len(kept)} of {count}"
-    for trials, colour, text in ((lost, PALE, group.tally), (kept, group.colour, text)):
+    axes.plot(np.median(rows, axis=0), color=group.colour, lw=2.8, zorder=3, label=f"median of {len(rows)}")
+    for lost, colour, text in ((True, PALE, group.tally), (False, group.colour, "partial or better")):
         axes.plot([], color=colour, lw=0.9, label=text)
-        for record in trials:
-            axes.plot(curves([record]).T, color=colour, lw=0.9, alpha=0.8)
+        for record in group.trials:
+            if lost == (record.outcome == "failed"):
+                axes.plot(curves([record]).T, color=colour, lw=0.9, alpha=0.8)
     greys = [[image["mse"] for image in record.baselines.get("grey", [])] for record in group.trials]
     if means := [np.mean(grey) for grey in greys if grey]:
         axes.axhline(float(np.median(means)), color=MUTED, linestyle="--", label="mid grey image")
@@ -166,70 +165,67 @@ def mse_plot(group: Group) -> Figure:
 def mse_all(groups: Sequence[Group]) -> Figure:
     """The median MSE of every group against step, in a band from quartile to quartile."""
     about = "Median over all trials of a network, failed ones included, in a band from quartile to quartile"
-    figure = _figure(max(800, 260 + 70 * len(groups)), "All networks: MSE against step", about)
+    figure, _ = _page(max(800, 260 + 70 * len(groups)), "All networks: MSE against step", about)
     quartiles = [np.percentile(curves(group.trials), [25, 50, 75], axis=0) for group in groups]
     axes, lengths = _chart(figure, 980, np.hstack(quartiles)), [rows.shape[1] for rows in quartiles]
     for i in sorted(range(len(groups)), key=lambda i: -quartiles[i][1, -1]):
         group, (low, middle, high) = groups[i], quartiles[i]
-        text = f"{middle[-1]:.1e} after {lengths[i] - 1} steps (n = {len(group.trials)})"
+        end = f"{middle[-1]:.1e} after {lengths[i] - 1} steps (n = {len(curves(group.trials))})"
         axes.fill_between(np.arange(lengths[i]), low, high, color=group.colour, alpha=0.13, linewidth=0)
         axes.plot(middle, group.dashes, color=group.colour, lw=2.4, marker="o", markevery=[-1],
-                  label=f"{_plain(group.label, 32)}\n{text}")  # fmt: skip
+                  label=f"{_plain(_short(group.label, 32))}\n{end}")  # fmt: skip
     if max(lengths) > 4 * min(lengths):  # else the short ones would be a dot in the corner
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0, labelspacing=1)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0, labelspacing=1, handlelength=2.6)
     return figure
 
 
 def evolution(group: Group, record: Record, arrays: Sequence[Array]) -> Figure:
     """The frames of one trial, its reconstruction and the private image; a row per image of the batch."""
-    about = (f"Chosen by objective, never by likeness to the private image: the least relative gradient distance "
-             f"({record.relative:.0e}) of the trials (n = {len(group.trials)}).\n{_verdict(record)}. "
-             "The reconstruction is the iterate of least distance.")
+    about = (f"The least relative gradient distance, {record.relative:.0e}, of {len(group.trials)} in all: "
+             "chosen by objective, never by error to the private image.\nImage "
+             f"{record.case.image}, seed {record.case.seed}; its reconstruction is chosen in the same way.")
     columns, rows = [*arrays[2], arrays[1][0], arrays[0][0]], min(record.case.batch, MOST_ROWS)
     heads = [*(f"step {step}" for step in arrays[3]), "reconstruction", "private"]
     side = min(240, (WIDTH - 2 * MARGIN - GAP) // len(columns) - GAP)
-    figure = _figure(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
-    page = _page(figure)
+    figure, page = _page(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
     for column, (images, head) in enumerate(zip(columns, heads, strict=True)):
         x = MARGIN + column * (side + GAP) + 2 * GAP * (column >= len(arrays[3]))
-        page.text(x + side / 2, 164, head, ha="center", va="bottom", fontsize=8)
-        for row in range(rows):
-            _image(page, images[row], x, 174 + row * (side + GAP), side)
+        page.text(x + side / 2, 164, head, ha="center", va="bottom", size=8)
+        for y, image in zip(range(174, 174 + rows * (side + GAP), side + GAP), images, strict=False):
+            page.imshow(image, extent=(x, x + side, y + side, y), aspect="auto")
     return figure
 
 
 def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
     """Private beside reconstruction: a row per group, its first trials in order of image and seed."""
-    about = (f"Left the private image, right its reconstruction: the first {MOST_TRIALS} trials in order of image "
-             "and seed, none picked,\nfailures included; the first image of a batch.")
-    page = _page(figure := _figure(140 + 190 * len(groups), "Private images and their reconstructions", about))
+    about = (f"Left the private image, right its reconstruction: the first {MOST_TRIALS} trials by image and "
+             "seed, none picked,\nfailures included; of a batch the first image.")  # fmt: skip
+    figure, page = _page(140 + 190 * len(groups), "Private images and their reconstructions", about)
     for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
-        name = textwrap.fill(re.sub("[:,](?! )", r"\g<0> ", _plain(group.label, 50)), 19)
-        page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", fontsize=9)
-        tally = re.sub(r" (?=\()|(?<=,) ", "\n", group.tally)
-        page.text(MARGIN, y + 106, tally, color=MUTED, va="top", fontsize=8)
+        words = re.sub("[:,](?! )", r"\g<0> ", _short(group.label, 50))
+        name = "\n".join(map(_plain, textwrap.wrap(words, 19)))
+        page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", size=9)
+        page.text(MARGIN, y + 106, group.tally.replace(" (", "\n("), color=MUTED, va="top", size=8)
         for x, record in zip(range(270, WIDTH, 220), group.trials[:MOST_TRIALS], strict=False):
-            pair = read(record, pictures) or [np.full((1, 1, 1, 1, 1), 240, np.uint8)] * 2
-            _image(page, pair[0][0, 0], x, y, 100)
-            _image(page, pair[1][0, 0], x + 103, y, 100)
-            colour = MUTED if record.outcome == "failed" else INK
-            page.text(x, y + 106, _verdict(record).replace(": ", "\n"), va="top", fontsize=8, color=colour)
+            for left, images in zip((x, x + 103), read(record, pictures) or [BLANK, BLANK], strict=False):
+                page.imshow(images[0, 0], extent=(left, left + 100, y + 100, y), aspect="auto")
+            score = f"{record.images[0]['psnr']:.1f} dB, " if record.images else ""
+            verdict = f"{score}{record.outcome if record.status == 'done' else record.status}"
+            page.text(x, y + 106, f"image {record.case.image}, seed {record.case.seed}\n{verdict}", va="top",
+                      size=8, color=MUTED if record.outcome == "failed" else INK)  # fmt: skip
     return figure
 
 
-def _verdict(record: Record) -> str:
-    score = f"{record.images[0]['psnr']:.1f} dB, " if record.images else ""
-    verdict = record.outcome if record.status == "done" else record.status
-    return f"image {record.case.image}, seed {record.case.seed}: {score}{verdict}"
-
-
-def _figure(height: int, title: str, about: str) -> Figure:
+def _page(height: int, title: str, about: str) -> tuple[Figure, Axes]:
+    """A figure, and axes over all of it, in pixels from its top left corner."""
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI)
-    figure.text(MARGIN / WIDTH, 1 - 24 / height, _plain(title, 90), va="top", size=13, weight="bold")
-    figure.text(MARGIN / WIDTH, 1 - 66 / height, about, va="top", color=MUTED)
-    return figure
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
+    page.set_axis_off()
+    page.text(MARGIN, 24, _plain(_short(title, 90)), va="top", size=13, weight="bold")
+    page.text(MARGIN, 66, about, va="top", color=MUTED)
+    return figure, page
 
 
 def _chart(figure: Figure, width: int, values: Array) -> Axes:
@@ -241,19 +237,10 @@ def _chart(figure: Figure, width: int, values: Array) -> Axes:
     return axes
 
 
-def _page(figure: Figure) -> Axes:
-    """Axes over the whole figure, in pixels from its top left corner."""
-    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(figure.bbox.height, 0), autoscale_on=False)
-    page.set_axis_off()
-    return page
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
-def _image(page: Axes, pixels: Array, x: int, y: int, side: int) -> None:
-    colours = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-    page.imshow(colours, extent=(x, x + side, y + side, y), aspect="auto")
-
-
-def _plain(text: str, most: int) -> str:
-    """Text of others, shortened in its middle, without mathtext or characters that cannot be drawn."""
-    short = text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in short).replace("$", r"\$")
+def _plain(text: str) -> str:
+    """Text of others, without mathtext and characters that cannot be drawn."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text).replace("$", r"\$")

@@ -37,7 +37,12 @@ def rich_table(title: str, rows: Sequence[Row], width: int) -> Table:
         caption_justify="left",
     )
     for column in grid.columns:
-        table.add_column(Text(column.title), justify="left" if column.is_text else "right", overflow="fold")
+        table.add_column(
+            Text(column.title),
+            justify="left" if column.is_text else "right",
+            overflow="fold",
+            max_width=column.width,
+        )
     for row, line in zip(rows, grid.lines, strict=True):
         style = "dim" if row.partial or not row.attack else None
         table.add_row(*(Text(printable(cell)) for cell in line), style=style)

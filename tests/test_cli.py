@@ -114,7 +114,7 @@ def test_tables_show_the_run_and_its_baselines(
     assert cli.main(["table", "--out", str(finished), "--format", form]) == cli.OK
     shown = capsys.readouterr().out.replace("\\", "")
     assert "lenet_dlg" in shown
-    assert "baseline: grey" in shown
+    assert "(grey)" in shown
 
 
 def test_show_prints_one_record(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def recovered_column(rows: list[leaderboard.Row]) -> Any:
 def test_baselines_count_every_distinct_image_once() -> None:
     records = [record(case(seed, image), 50, "exact") for seed in range(3) for image in range(2)]
     rows = leaderboard.rows(records)
-    assert [row.name for row in rows] == ["lenet5", "baseline: grey"]
+    assert [row.name for row in rows] == ["lenet5", "(grey)"]
     assert rows[1].psnr == 12.0
 
 

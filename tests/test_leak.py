@@ -19,7 +19,7 @@ import dlgbench
 from dlgbench.attacks.base import Attack, Reconstruction, Task
 from dlgbench.case import Case
 from dlgbench.leak import Leak, Secret, Tensors, gradients, squared_distance, squared_norm
-from dlgbench.networks import build
+from dlgbench.networks import Shape, build
 from dlgbench.prepare import Dropout, Network, probe
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.victims import leak_of, network_of
@@ -37,7 +37,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch(shape: tuple[int, int, int, int], classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def batch(shape: Shape, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Images in [0, 1] and soft labels."""
     generator = seeded(11)
     images = torch.rand(shape, generator=generator, dtype=dtype)
@@ -107,7 +107,8 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
         check_derivative(loss, weight, ours[name], coordinates=3)
 
 
-def check_derivative(function: Function, at: Tensor, gradient: Tensor, coordinates: int, step: float = 1e-5) -> None:
+def check_derivative(function: Function, at: Tensor, gradient: Tensor, coordinates: int,
+                     step: float = 1e-5) -> None:
     """``gradient`` against central differences, at some coordinates and in one random direction."""
     generator = seeded(2)
     directions = [torch.randn(at.shape, generator=generator, dtype=at.dtype)]
@@ -117,16 +118,20 @@ def check_derivative(function: Function, at: Tensor, gradient: Tensor, coordinat
     for direction in directions:
         truth = (function(at + step * direction) - function(at - step * direction)) / (2 * step)
         scale = float(gradient.abs().max() * direction.norm())
-        assert scale > 0
-        assert float((gradient * direction).sum()) == pytest.approx(float(truth), rel=1e-5, abs=1e-6 * scale)
+        rounding = 5e-15 * float(function(at)) / step
+        assert scale > 100 * rounding
+        error = float((gradient * direction).sum() - truth)
+        assert abs(error) < 1e-5 * abs(float(truth)) + 1e-6 * scale + rounding
 
 
-@pytest.mark.parametrize(("text", "shape"), [
-    ("lenet_dlg", (2, 3, 16, 16)), ("lenet_dlg:activation=gelu", (1, 1, 9, 9)), ("resnet18", (2, 3, 64, 64)),
-    ("resnet18:activation=silu,batchnorm=eval", (1, 3, 32, 32))])
-def test_the_distances_gradient_agrees_with_finite_differences(text: str,
-                                                               shape: tuple[int, int, int, int]) -> None:
-    """Second derivatives of the loss, through batch norm in train mode too."""
+@pytest.mark.parametrize(("text", "shape", "step"), [
+    ("lenet_dlg", (2, 3, 16, 16), 1e-5), ("lenet_dlg:activation=gelu", (1, 1, 9, 9), 1e-5),
+    ("resnet18", (2, 3, 64, 64), 1e-7), ("resnet18:activation=silu,batchnorm=eval", (1, 3, 32, 32), 1e-7)])
+def test_the_distances_gradient_agrees_with_finite_differences(text: str, shape: Shape, step: float) -> None:
+    """Second derivatives of the loss, through batch norm in train mode too.
+
+    Max pooling makes the distance jump wherever another pixel becomes a maximum: hence the tiny step.
+    """
     network = build(NETWORKS.spec(text), shape, 5, 0, torch.float64)
     pixels, labels = batch(shape, 5, torch.float64)
     weights, state = weights_of(network), state_of(network)
@@ -137,8 +142,8 @@ def test_the_distances_gradient_agrees_with_finite_differences(text: str,
 
     leaves = pixels.clone().requires_grad_(), labels.clone().requires_grad_()
     in_images, in_labels = torch.autograd.grad(distance(*leaves), leaves)
-    check_derivative(lambda moved: distance(moved, labels), pixels, in_images, coordinates=2)
-    check_derivative(lambda moved: distance(pixels, moved), labels, in_labels, coordinates=2)
+    check_derivative(lambda moved: distance(moved, labels), pixels, in_images, coordinates=2, step=step)
+    check_derivative(lambda moved: distance(pixels, moved), labels, in_labels, coordinates=2, step=step)
 
 
 def test_inceptions_loss_is_torchvisions() -> None:
@@ -172,8 +177,8 @@ def test_the_loss_is_the_weighted_sum_over_heads(heads: tuple[float, ...]) -> No
 
 
 def test_distance_and_norm_are_those_of_the_joined_vector() -> None:
-    ours, theirs = ({"a": torch.randn(2, 3, generator=seeded(i)), "b": torch.randn(5, generator=seeded(i + 2))}
-                    for i in range(2))
+    ours, theirs = ({"a": torch.randn(2, 3, generator=g), "b": torch.randn(5, generator=g)}
+                    for g in (seeded(0), seeded(1)))
     u, v = (torch.cat([part.flatten() for part in (x["a"], x["b"])]) for x in (ours, theirs))
     torch.testing.assert_close(squared_distance(ours, theirs), (u - v) @ (u - v))
     torch.testing.assert_close(squared_norm(ours), u @ u)
@@ -291,7 +296,7 @@ def reconstruct(network: Network, leak: Leak) -> Reconstruction:
 
     for step in range(CASE.steps):
         attack.on_train_batch_start(leak, step)
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     return attack.finish(leak)
 
 
@@ -305,7 +310,8 @@ def test_the_secret_cannot_be_reached_once_the_leak_is_taken() -> None:
             truth.labels.add_(1).remainder_(CASE.classes)
         found.append(reconstruct(network, leak))
     assert all(map(torch.equal, *found))
-    assert (found[0].images - attack_on(network_of(CASE)).pixels(attack_on(network_of(CASE)).dummy_images)).any()
+    start = attack_on(network_of(CASE))
+    assert not torch.equal(found[0].images, start.pixels(start.dummy_images))
 
 
 def test_a_leak_holds_no_tensor_of_the_secret() -> None:
