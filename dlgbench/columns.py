@@ -42,7 +42,8 @@ def _trouble(row: Row) -> str:
 
 
 COLUMNS = (
-    Column("network", "with every option that is not its default; in brackets, the trivial baselines", 0, lambda row: row.name, True),
+    Column("network", "with every option that is not its default; in brackets, the trivial baselines", 0,
+           lambda row: row.name, True),
     Column("attack", "with every option that is not its default", 0, lambda row: row.attack, True),
     Column("defense", "what the client does to its gradient", 0, lambda row: row.defense, True),
     Column("data", "the dataset of the private images", 0, lambda row: row.dataset, True),

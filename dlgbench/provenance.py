@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import sys
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 
 PACKAGES = ("dlgbench", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy", "scikit-image")
-THREAT_MODEL = "honest-but-curious server, one gradient, no prior"
 
 
 def exact_float32() -> None:
@@ -34,10 +34,15 @@ def facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cudnn.allow_tf32,
         "deterministic": torch.backends.cudnn.deterministic,
-        "threat_model": THREAT_MODEL,
+        "threat_model": "honest-but-curious server, one gradient after one local step, untrained weights",
         "selection": "best iterate by gradient distance, one start",
         "assignment": "one to one, least total MSE",
     }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """The SHA-256 of a tensor's values in float32, which says whether two runs had the same data."""
+    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -84,7 +84,8 @@ def latex(title: str, rows: Sequence[Row]) -> str:
     shared = ", ".join(f"{name}: {value}" for name, value in grid.shared.items())
     return "\n".join([
         r"\begin{table}", rf"\caption{{{_latex(f'{title}; {shared}')}}}",
-        rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body,
+        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
 
 

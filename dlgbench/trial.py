@@ -88,7 +88,9 @@ def _run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record
     cost = meter.stop(device)
     found = attack.finish(leak)
     record = _record(case, found, attack, judge, guard.verdict)
-    record = replace(record, cost=cost, provenance=provenance.facts(device))
+    known = {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
+    digest = {"private_images_sha256": provenance.digest(secret.images)}
+    record = replace(record, cost=cost, provenance={**provenance.facts(device), **known, **digest})
     if logger:
         logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in _finals(record).items()})
         logger.finalize("success")

@@ -18,8 +18,9 @@ FLOORS: Sequence[set[str]] = (
     {"leak", "case"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.*", "victims", "leaderboard", "listing"},
-    {"callbacks", "plots", "render", "report"},
-    {"trial", "store", "display"},
+    {"callbacks", "columns", "plots"},
+    {"trial", "render", "report"},
+    {"store", "display"},
     {"grid", "executors"},
     {"runner"},
     {"session"},
@@ -35,8 +36,10 @@ SEPARATE = [{"networks", "datasets", "defenses", "metrics", "optim"}, {"attacks.
 def sources() -> dict[str, str]:
     """The source of every module of the package, by its name within the package."""
     root = Path(dlgbench.__file__).parent
-    return {module_name(file.relative_to(root)): file.read_text(encoding="utf-8")
-            for file in sorted(root.rglob("*.py"))}
+    return {
+        module_name(file.relative_to(root)): file.read_text(encoding="utf-8")
+        for file in sorted(root.rglob("*.py"))
+    }
 
 
 def module_name(path: Path) -> str:
@@ -88,10 +91,17 @@ def resolved(name: str, known: Mapping[str, object]) -> str:
 def violations(modules: Mapping[str, str]) -> list[str]:
     """What is wrong with the imports of ``modules``, a sentence each."""
     homeless = [f"{name} has no floor: give it one in FLOORS" for name in modules if place(name) is None]
-    pairs = sorted({(module, other) for module, source in modules.items() if place(module) is not None
-                    for other in imported(source, module, modules)})
-    return homeless + [f"{module} imports {other}: {wrong}" for module, other in pairs
-                       if (wrong := fault(module, other))]
+    pairs = sorted(
+        {
+            (module, other)
+            for module, source in modules.items()
+            if place(module) is not None
+            for other in imported(source, module, modules)
+        }
+    )
+    return homeless + [
+        f"{module} imports {other}: {wrong}" for module, other in pairs if (wrong := fault(module, other))
+    ]
 
 
 def fault(module: str, other: str) -> str:
@@ -114,34 +124,49 @@ def test_a_module_has_one_floor() -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(("module", "source", "complaint"), [
-    ("leak", "from dlgbench.victims import leak_of", "leak imports victims: imports go down"),
-    ("leak", "from dlgbench import victims", "leak imports victims: imports go down"),
-    ("leak", "import dlgbench.victims as v", "leak imports victims: imports go down"),
-    ("leak", "from .victims import leak_of", "leak imports victims: imports go down"),
-    ("leak", "def late():\n    from dlgbench.case import Case", "leak imports case: imports go down"),
-    ("case", "if TYPE_CHECKING:\n    from dlgbench.leak import Leak", "case imports leak: imports go down"),
-    ("networks", "from dlgbench import datasets", "networks imports datasets: these know nothing"),
-    ("datasets", "from dlgbench.networks import build", "datasets imports networks: these know nothing"),
-    ("attacks.idlg", "from dlgbench.attacks.dlg import DLG", "attacks.idlg imports attacks.dlg: these"),
-    ("attacks.idlg", "from .dlg import DLG", "attacks.idlg imports attacks.dlg: these"),
-    ("attacks.base", "from ..victims import leak_of", "attacks.base imports victims: imports go down"),
-    ("attacks.base", "from dlgbench.attacks import dlg", "attacks.base imports attacks.dlg: imports go down"),
-    ("attacks", "from .dlg import DLG", "attacks imports attacks.dlg: imports go down"),
-    ("novelty", "", "novelty has no floor"),
-])
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("leak", "from dlgbench.victims import leak_of", "leak imports victims: imports go down"),
+        ("leak", "from dlgbench import victims", "leak imports victims: imports go down"),
+        ("leak", "import dlgbench.victims as v", "leak imports victims: imports go down"),
+        ("leak", "from .victims import leak_of", "leak imports victims: imports go down"),
+        ("leak", "def late():\n    from dlgbench.case import Case", "leak imports case: imports go down"),
+        (
+            "case",
+            "if TYPE_CHECKING:\n    from dlgbench.leak import Leak",
+            "case imports leak: imports go down",
+        ),
+        ("networks", "from dlgbench import datasets", "networks imports datasets: these know nothing"),
+        ("datasets", "from dlgbench.networks import build", "datasets imports networks: these know nothing"),
+        ("attacks.idlg", "from dlgbench.attacks.dlg import DLG", "attacks.idlg imports attacks.dlg: these"),
+        ("attacks.idlg", "from .dlg import DLG", "attacks.idlg imports attacks.dlg: these"),
+        ("attacks.base", "from ..victims import leak_of", "attacks.base imports victims: imports go down"),
+        (
+            "attacks.base",
+            "from dlgbench.attacks import dlg",
+            "attacks.base imports attacks.dlg: imports go down",
+        ),
+        ("attacks", "from .dlg import DLG", "attacks imports attacks.dlg: imports go down"),
+        ("novelty", "", "novelty has no floor"),
+    ],
+)
 def test_what_goes_up_or_sideways_is_found(module: str, source: str, complaint: str) -> None:
     found = violations({"victims": "", "attacks.dlg": "", "leak": "", "case": "", module: source})
     assert len(found) == 1
     assert found[0].startswith(complaint)
 
 
-@pytest.mark.parametrize(("module", "source"), [
-    ("networks", "from dlgbench.prepare import Network"), ("networks", "import torch"),
-    ("registry", "from dlgbench import errors"),
-    ("victims", "from dlgbench import datasets, networks, __version__"),
-    ("attacks.dlg", "from .base import Attack\nfrom ..leak import Leak"),
-    ("cli", "from dlgbench.attacks.dlg import DLG\nimport dlgbench"),
-])
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("networks", "from dlgbench.prepare import Network"),
+        ("networks", "import torch"),
+        ("registry", "from dlgbench import errors"),
+        ("victims", "from dlgbench import datasets, networks, __version__"),
+        ("attacks.dlg", "from .base import Attack\nfrom ..leak import Leak"),
+        ("cli", "from dlgbench.attacks.dlg import DLG\nimport dlgbench"),
+    ],
+)
 def test_what_goes_down_is_let_be(module: str, source: str) -> None:
     assert not violations({module: source})

@@ -26,7 +26,8 @@ from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, Spec
 def case(seed: int = 0, image: int = 0, network: str = "lenet5", dataset: Spec | None = None) -> Case:
     return Case(
         network=NETWORKS.spec(network), dataset=dataset or DATASETS.spec("photos"),
-        attack=ATTACKS.spec("dlg"), defense=DEFENSES.spec("none"), batch=1, resolution=32, preparation="fit", channels=3, classes=10,
+        attack=ATTACKS.spec("dlg"), defense=DEFENSES.spec("none"), batch=1, resolution=32,
+        preparation="fit", channels=3, classes=10,
         steps=300, dtype="float32", image=image, seed=seed,
     )  # fmt: skip
 

@@ -43,8 +43,9 @@ def images(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.flo
     return (smooth + 0.1 * torch.randn(shape, generator=generator, dtype=dtype)).clamp(0, 1)
 
 
-def pair(shape: tuple[int, ...], noise: float = 0.2, seed: int = 0,
-         dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def pair(
+    shape: tuple[int, ...], noise: float = 0.2, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """A reconstruction that leaves [0, 1] in places, and the truth."""
     truth = images(shape, seed, dtype)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -81,13 +82,15 @@ def test_mse_psnr_and_ssim_are_scikit_images(shape: tuple[int, ...], noise: floa
 
 def contrast(a: Array, b: Array) -> tuple[float, float]:
     """SSIM and its contrast-structure part for one channel (Wang et al. 2004, equations 12 and 13)."""
+
     def blur(x: Array) -> Array:
         blurred: Array = gaussian_filter(x, 1.5, truncate=3.5)[5:-5, 5:-5]
         return blurred
 
     mean_a, mean_b = blur(a), blur(b)
     structure = (2 * (blur(a * b) - mean_a * mean_b) + 9e-4) / (
-        blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2 + 9e-4)
+        blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2 + 9e-4
+    )
     luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
     return float((luminance * structure).mean()), float(structure.mean())
 
@@ -97,8 +100,10 @@ def multi_scale(a: Array, b: Array) -> float:
     result = 1.0
     for weight in (0.0448, 0.2856, 0.3001, 0.2363):
         result *= max(contrast(a, b)[1], 0) ** weight
-        a, b = (x[: len(x) // 2 * 2, : len(x) // 2 * 2].reshape(len(x) // 2, 2, len(x) // 2, 2).mean((1, 3))
-                for x in (a, b))
+        a, b = (
+            x[: len(x) // 2 * 2, : len(x) // 2 * 2].reshape(len(x) // 2, 2, len(x) // 2, 2).mean((1, 3))
+            for x in (a, b)
+        )
     return float(result * max(contrast(mirrored(a), mirrored(b))[0], 0) ** 0.1333)
 
 
@@ -139,11 +144,13 @@ def test_the_affine_map_is_numpys_best_line(gain: float, offset: float) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, gain=st.floats(0.01, 100), offset=st.floats(-10, 10), sign=st.sampled_from([-1, 1]))
-def test_an_affine_change_does_not_matter_to_the_affine_psnr(seed: int, gain: float, offset: float,
-                                                             sign: int) -> None:
+def test_an_affine_change_does_not_matter_to_the_affine_psnr(
+    seed: int, gain: float, offset: float, sign: int
+) -> None:
     raw, truth = pair((2, 1, 12, 12), seed=seed)
-    torch.testing.assert_close(psnr_affine(sign * gain * raw + offset, truth), psnr_affine(raw, truth),
-                               rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        psnr_affine(sign * gain * raw + offset, truth), psnr_affine(raw, truth), rtol=0, atol=1e-6
+    )
     exact = psnr_affine(sign * gain * truth + offset, truth)
     assert (exact > 120).all()
 
@@ -195,11 +202,15 @@ def test_the_smallest_images_do_not_crash(side: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @settings(max_examples=60, deadline=None)
 @given(value=st.floats(0, 1), other=st.floats(0, 1), side=st.sampled_from([4, 12, 33]))
-def test_constant_images_have_no_correlation(dtype: torch.dtype, value: float, other: float,
-                                             side: int) -> None:
+def test_constant_images_have_no_correlation(
+    dtype: torch.dtype, value: float, other: float, side: int
+) -> None:
     shape = (1, 3, side, side)
-    flat, flat_too, picture = (torch.full(shape, value, dtype=dtype), torch.full(shape, other, dtype=dtype),
-                               images(shape, dtype=dtype))
+    flat, flat_too, picture = (
+        torch.full(shape, value, dtype=dtype),
+        torch.full(shape, other, dtype=dtype),
+        images(shape, dtype=dtype),
+    )
     for ours, theirs in ((flat, flat_too), (flat, picture), (picture, flat)):
         (found,) = fidelity(ours, theirs)
         assert all(math.isfinite(number) for number in found.values())
@@ -207,8 +218,9 @@ def test_constant_images_have_no_correlation(dtype: torch.dtype, value: float, o
         assert found["pearson_quarter"] == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [
-    (torch.float32, 1e30), (torch.float64, 1e30), (torch.float64, 1e200)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e30), (torch.float64, 1e30), (torch.float64, 1e200)]
+)
 def test_a_reconstruction_that_blew_up_has_finite_metrics(dtype: torch.dtype, size: float) -> None:
     raw, truth = pair((2, 3, 16, 16), dtype=dtype)
     for row in fidelity((raw - 0.5) * size, truth):
@@ -321,18 +333,27 @@ def below(value: float) -> float:
     return math.nextafter(value, -math.inf)
 
 
-@pytest.mark.parametrize(("values", "side", "name"), [
-    (metrics(psnr=40), 32, "exact"), (metrics(psnr=160), 224, "exact"),
-    (metrics(psnr=below(40)), 32, "recognisable"), (metrics(psnr=20), 32, "recognisable"),
-    (metrics(psnr=below(20)), 32, "partial"),
-    (metrics(ssim=0.5), 32, "recognisable"), (metrics(ssim=below(0.5)), 32, "failed"),
-    (metrics(pearson_quarter=0.7), 128, "recognisable"), (metrics(pearson_quarter=below(0.7)), 128, "failed"),
-    (metrics(pearson_quarter=0.7), 127, "failed"), (metrics(pearson_quarter=1), 32, "failed"),
-    (metrics(psnr=9), 32, "partial"), (metrics(psnr=below(9)), 32, "failed"),
-    ({"psnr": 9.0, "pearson_quarter": 0.0}, 8, "partial"),
-    ({"psnr": 8.9, "pearson_quarter": 0.0}, 8, "failed"),
-    (metrics(psnr=math.nan, ssim=math.nan, pearson_quarter=math.nan), 224, "failed"),
-])
+@pytest.mark.parametrize(
+    ("values", "side", "name"),
+    [
+        (metrics(psnr=40), 32, "exact"),
+        (metrics(psnr=160), 224, "exact"),
+        (metrics(psnr=below(40)), 32, "recognisable"),
+        (metrics(psnr=20), 32, "recognisable"),
+        (metrics(psnr=below(20)), 32, "partial"),
+        (metrics(ssim=0.5), 32, "recognisable"),
+        (metrics(ssim=below(0.5)), 32, "failed"),
+        (metrics(pearson_quarter=0.7), 128, "recognisable"),
+        (metrics(pearson_quarter=below(0.7)), 128, "failed"),
+        (metrics(pearson_quarter=0.7), 127, "failed"),
+        (metrics(pearson_quarter=1), 32, "failed"),
+        (metrics(psnr=9), 32, "partial"),
+        (metrics(psnr=below(9)), 32, "failed"),
+        ({"psnr": 9.0, "pearson_quarter": 0.0}, 8, "partial"),
+        ({"psnr": 8.9, "pearson_quarter": 0.0}, 8, "failed"),
+        (metrics(psnr=math.nan, ssim=math.nan, pearson_quarter=math.nan), 224, "failed"),
+    ],
+)
 def test_tiers_begin_at_their_thresholds(values: dict[str, float], side: int, name: str) -> None:
     assert tier(values, 8, side) == name
     assert name in TIERS
@@ -342,13 +363,26 @@ def test_tiers_are_in_order() -> None:
     assert TIERS == ("failed", "partial", "recognisable", "exact")
 
 
-@pytest.mark.parametrize(("history", "step"), [
-    ([], None), ([None], None), ([0.5, None], None), ([0.5], 0), ([0.5, 0.5, 0.5], 0),
-    ([1.0, 0.1, 0.01, 0.001], 3), ([8.0, 4.0, 2.0, 1.0], 2), ([8.0, 2.0, 2.001, 1.0], 3),
-    ([1.0, 5.0, 1.0], 2),
-    ([None, 0.1, 0.1], 1), ([0.1, None, 0.1], 2), ([0.1, 0.2, 0.1], 0), ([0.0, 0.0], 0), ([0.1, 0.0], 1),
-    ([1.0, 2.0, 4.0], 0),
-])
+@pytest.mark.parametrize(
+    ("history", "step"),
+    [
+        ([], None),
+        ([None], None),
+        ([0.5, None], None),
+        ([0.5], 0),
+        ([0.5, 0.5, 0.5], 0),
+        ([1.0, 0.1, 0.01, 0.001], 3),
+        ([8.0, 4.0, 2.0, 1.0], 2),
+        ([8.0, 2.0, 2.001, 1.0], 3),
+        ([1.0, 5.0, 1.0], 2),
+        ([None, 0.1, 0.1], 1),
+        ([0.1, None, 0.1], 2),
+        ([0.1, 0.2, 0.1], 0),
+        ([0.0, 0.0], 0),
+        ([0.1, 0.0], 1),
+        ([1.0, 2.0, 4.0], 0),
+    ],
+)
 def test_known_convergence_steps(history: list[float | None], step: int | None) -> None:
     assert convergence_step(history) == step
 

@@ -19,8 +19,13 @@ from dlgbench.networks import Shape, build
 from dlgbench.prepare import ACTIVATIONS, Dropout, Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS
 
-PUBLISHED = [("lenet5", 1, 10, 61_706), ("lenet_dlg", 3, 100, 85_036), ("resnet18", 3, 1000, 11_689_512),
-             ("densenet121", 3, 1000, 7_978_856), ("inception_v3", 3, 1000, 27_161_264)]
+PUBLISHED = [
+    ("lenet5", 1, 10, 61_706),
+    ("lenet_dlg", 3, 100, 85_036),
+    ("resnet18", 3, 1000, 11_689_512),
+    ("densenet121", 3, 1000, 7_978_856),
+    ("inception_v3", 3, 1000, 27_161_264),
+]
 DEEP: dict[str, Callable[..., nn.Module]] = {
     "resnet18": torchvision.models.resnet18, "densenet121": torchvision.models.densenet121,
     "inception_v3": torchvision.models.inception_v3,
@@ -80,8 +85,9 @@ def logits_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("name", "channels", "classes", "count"), PUBLISHED)
-def test_the_number_of_parameters_is_the_published_one(name: str, channels: int, classes: int,
-                                                       count: int) -> None:
+def test_the_number_of_parameters_is_the_published_one(
+    name: str, channels: int, classes: int, count: int
+) -> None:
     facts = NETWORKS.entry(name).facts
     network = built(name, facts["batch"], facts["resolution"], classes, channels)
     assert sum(parameter.numel() for parameter in network.parameters()) == count
@@ -126,9 +132,14 @@ def test_lenet_dlg_is_the_papers(side: int) -> None:
     torch.testing.assert_close(network(images), (hidden @ w4.T + b4,))
 
 
-@pytest.mark.parametrize(("text", "side"), [
-    ("resnet18:activation=relu", 64), ("densenet121:activation=relu", 64),
-    ("inception_v3:activation=relu,dropout=off", 299)])
+@pytest.mark.parametrize(
+    ("text", "side"),
+    [
+        ("resnet18:activation=relu", 64),
+        ("densenet121:activation=relu", 64),
+        ("inception_v3:activation=relu,dropout=off", 299),
+    ],
+)
 def test_with_relu_the_logits_are_torchvisions(text: str, side: int) -> None:
     name, images = text.partition(":")[0], pixels(2, side)
     network = built(text, 2, side)
@@ -146,13 +157,17 @@ def other_activation(name: str) -> Callable[..., Tensor]:
     return activation
 
 
-CASES = [*(("resnet18", activation, 224) for activation in ACTIVATIONS), ("densenet121", "sigmoid", 224),
-         ("inception_v3", "sigmoid", 299)]
+CASES = [
+    *(("resnet18", activation, 224) for activation in ACTIVATIONS),
+    ("densenet121", "sigmoid", 224),
+    ("inception_v3", "sigmoid", 299),
+]
 
 
 @pytest.mark.parametrize(("name", "activation", "side"), CASES)
-def test_every_relu_is_replaced(monkeypatch: pytest.MonkeyPatch, name: str, activation: str,
-                                side: int) -> None:
+def test_every_relu_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, name: str, activation: str, side: int
+) -> None:
     """The truth is torchvision's network while F.relu, which nn.ReLU calls too, is another function."""
     images = pixels(2, side)
     network = built(name if activation == "sigmoid" else f"{name}:activation={activation}", 2, side)
@@ -180,10 +195,13 @@ def relus(graph: fx.GraphModule) -> list[str]:
     """The nodes that call a ReLU, as a module, as a function or as a method."""
     modules = dict(graph.named_modules())
     functions: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_, F.relu6)
-    return [node.name for node in graph.graph.nodes
-            if (node.op == "call_module" and isinstance(modules[str(node.target)], nn.ReLU | nn.ReLU6))
-            or (node.op == "call_function" and node.target in functions)
-            or (node.op == "call_method" and str(node.target).startswith("relu"))]
+    return [
+        node.name
+        for node in graph.graph.nodes
+        if (node.op == "call_module" and isinstance(modules[str(node.target)], nn.ReLU | nn.ReLU6))
+        or (node.op == "call_function" and node.target in functions)
+        or (node.op == "call_method" and str(node.target).startswith("relu"))
+    ]
 
 
 class Relus(nn.Module):
@@ -230,16 +248,20 @@ def test_the_weights_depend_on_the_seed_alone(text: str) -> None:
 
 
 def test_a_double_network_has_the_weights_of_the_single_one() -> None:
-    single, double = (build(NETWORKS.spec("lenet5"), (1, 3, 32, 32), 10, 7, dtype)
-                      for dtype in (torch.float32, torch.float64))
+    single, double = (
+        build(NETWORKS.spec("lenet5"), (1, 3, 32, 32), 10, 7, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     assert double.mean.dtype == double.std.dtype == torch.float64
     for ours, theirs in zip(double.parameters(), single.parameters(), strict=True):
         assert ours.dtype == torch.float64
         assert torch.equal(ours, theirs.double())
 
 
-@pytest.mark.parametrize(("text", "bound"), [
-    ("lenet_dlg", 0.5), ("lenet5:init=uniform:0.5", 0.5), ("resnet18:init=uniform:2e-2", 0.02)])
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [("lenet_dlg", 0.5), ("lenet5:init=uniform:0.5", 0.5), ("resnet18:init=uniform:2e-2", 0.02)],
+)
 def test_a_uniform_init_reaches_its_bounds(text: str, bound: float) -> None:
     values = torch.cat([parameter.flatten() for parameter in built(text).parameters()])
     assert 0.999 * bound < values.max() <= bound
@@ -257,12 +279,20 @@ def test_the_default_init_is_torchvisions() -> None:
     assert all(map(torch.equal, built("resnet18").parameters(), expected.parameters()))
 
 
-@pytest.mark.parametrize(("init", "words"), [
-    ("unifrom:0.5", ["unknown init 'unifrom'", "did you mean 'uniform"]), ("", ["unknown init"]),
-    *((f"uniform:{bound}", ["uniform:BOUND", f"'uniform:{bound}'"])
-      for bound in ("", "x", "0", "-1", "nan", "inf")), ("uniform", ["uniform:BOUND"]),
-    ("variance_preserving:2", ["variance_preserving"]), ("default:1", ["default"]),
-])
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("unifrom:0.5", ["unknown init 'unifrom", "did you mean 'uniform"]),
+        ("", ["unknown init"]),
+        *(
+            (f"uniform:{bound}", ["uniform:BOUND", f"'uniform:{bound}'"])
+            for bound in ("", "x", "0", "-1", "nan", "inf")
+        ),
+        ("uniform", ["uniform:BOUND"]),
+        ("variance_preserving:2", ["variance_preserving"]),
+        ("default:1", ["default"]),
+    ],
+)
 def test_a_bad_init_is_refused(init: str, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         build(NETWORKS.spec(f"lenet5:init={init}"), (1, 1, 32, 32), 10, 0)
@@ -321,7 +351,8 @@ def test_batch_norm_in_eval_mode_uses_its_running_statistics(name: str) -> None:
     network, images = built(f"{name}:activation=relu,batchnorm=eval"), pixels(3, 64)
     state = {key: tensor.clone() for key, tensor in network.named_buffers()}
     assert sum(key.endswith("running_var") for key in state) == sum(
-        isinstance(layer, nn.BatchNorm2d) for layer in blueprint(name).modules())
+        isinstance(layer, nn.BatchNorm2d) for layer in blueprint(name).modules()
+    )
     together = network(images)[0]
     torch.testing.assert_close(together[:1], network(images[:1])[0], rtol=1e-3, atol=1e-5)
     assert all(torch.equal(tensor, state[key]) for key, tensor in network.named_buffers())
@@ -334,7 +365,7 @@ def test_batch_norm_in_eval_mode_uses_its_running_statistics(name: str) -> None:
 @pytest.mark.parametrize("mode", ["fresh", "known"])
 def test_dropout_masks_keep_half_and_double_it(mode: str) -> None:
     network = on_meta(f"inception_v3:dropout={mode}", 2, 299)
-    (name, mask), = network.draw_masks(torch.Generator().manual_seed(4)).items()
+    ((name, mask),) = network.draw_masks(torch.Generator().manual_seed(4)).items()
     assert (name, mask.shape) == ("body.dropout.mask", (2, 2048, 1, 1))
     assert set(mask.flatten().tolist()) == {0.0, 2.0}
     assert abs(mask.mean() - 1) < 4 / 4096**0.5
@@ -357,7 +388,7 @@ def test_dropout_has_its_rate(p: float) -> None:
     network = Network(nn.Sequential(nn.Flatten(), Dropout(p))).double()
     probe(network, (10, 1, 100, 100))
     generator = torch.Generator().manual_seed(0)
-    (mask, ), (other, ) = (network.draw_masks(generator).values() for _ in range(2))
+    (mask,), (other,) = (network.draw_masks(generator).values() for _ in range(2))
     assert (mask.dtype, mask.shape) == (torch.float64, (10, 10_000))
     assert sorted(set(mask.flatten().tolist())) == pytest.approx([0, 1 / (1 - p)])
     assert abs((mask == 0).double().mean().item() - p) < 4 * (p * (1 - p) / 1e5) ** 0.5
@@ -378,10 +409,20 @@ def test_inception_takes_one_image_in_eval_mode() -> None:
     assert [head.shape for head in network(torch.empty(1, 3, 299, 299, device="meta"))] == [(1, 10), (1, 10)]
 
 
-@pytest.mark.parametrize(("text", "fits"), [
-    ("lenet5", False), ("lenet_dlg", True), ("resnet18", False), ("densenet121", False),
-    ("inception_v3", False), ("inception_v3:dropout=off", False), ("resnet18:batchnorm=eval", True),
-    ("densenet121:batchnorm=eval", False), ("inception_v3:batchnorm=eval", False)])
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("lenet5", False),
+        ("lenet_dlg", True),
+        ("resnet18", False),
+        ("densenet121", False),
+        ("inception_v3", False),
+        ("inception_v3:dropout=off", False),
+        ("resnet18:batchnorm=eval", True),
+        ("densenet121:batchnorm=eval", False),
+        ("inception_v3:batchnorm=eval", False),
+    ],
+)
 def test_eight_pixels_are_taken_or_refused_with_a_reason(text: str, fits: bool) -> None:
     if fits:
         assert on_meta(text, 1, 8)(torch.empty(1, 3, 8, 8, device="meta"))[0].shape == (1, 10)

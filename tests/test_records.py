@@ -83,9 +83,19 @@ def specs(room: Room) -> st.SearchStrategy[Spec]:
 def cases() -> st.SearchStrategy[Case]:
     natural, positive = st.integers(0, 2**40), st.integers(1, 2**40)
     rooms: dict[str, st.SearchStrategy[Any]] = {kind: specs(room) for kind, room in ROOMS.items()}
-    return st.builds(Case, **rooms, batch=positive, resolution=positive, preparation=TEXT,
-                     channels=st.sampled_from([1, 3]), classes=positive, steps=positive,
-                     dtype=st.sampled_from(get_args(DType)), image=natural, seed=natural)
+    return st.builds(
+        Case,
+        **rooms,
+        batch=positive,
+        resolution=positive,
+        preparation=TEXT,
+        channels=st.sampled_from([1, 3]),
+        classes=positive,
+        steps=positive,
+        dtype=st.sampled_from(get_args(DType)),
+        image=natural,
+        seed=natural,
+    )
 
 
 def any_record() -> st.SearchStrategy[Record]:
@@ -127,8 +137,12 @@ def test_a_reason_with_bytes_that_are_no_text_is_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["objective", "images", "history", "cost"])
 def test_numbers_that_json_has_no_word_for_are_refused(tmp_path: Path, number: float, place: str) -> None:
-    values: dict[str, Any] = {"objective": number, "images": ({"mse": number},), "history": {"mse": [number]},
-                              "cost": {"deep": [{"er": number}]}}
+    values: dict[str, Any] = {
+        "objective": number,
+        "images": ({"mse": number},),
+        "history": {"mse": [number]},
+        "cost": {"deep": [{"er": number}]},
+    }
     record = replace(RECORD, **{place: values[place]})
     with pytest.raises(ValueError, match="not JSON compliant"):
         save(record, tmp_path)
@@ -145,9 +159,25 @@ def test_a_file_with_such_numbers_is_damaged(word: str) -> None:
         decode(encode(RECORD).replace("1.5e-07", word))
 
 
-@pytest.mark.parametrize("text", [
-    "", "null", "[]", "{}", "3", '"text"', "[" * 100_000, "{" * 100_000, '{"digest": 1}',
-    '{"schema": [], "id": {}}', '{"digest": "", "schema": 1, "id": ""}', "9" * 5000, "\ufeff{}", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "3",
+        '"text"',
+        "[" * 100_000,
+        "{" * 100_000,
+        '{"digest": 1}',
+        '{"schema": [], "id": {}}',
+        '{"digest": "", "schema": 1, "id": ""}',
+        "9" * 5000,
+        "\ufeff{}",
+        "\x00",
+    ],
+)
 def test_other_files_are_damaged(text: str, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(text, encoding="utf-8")
@@ -163,16 +193,28 @@ def forged(change: Callable[[dict[str, Any]], object]) -> str:
     return json.dumps({"digest": records._digest(body), **body})
 
 
-@pytest.mark.parametrize("change", [
-    lambda body: body.update(schema=2), lambda body: body.update(id="0" * 16),
-    lambda body: body.update(status="fine"), lambda body: body.update(novelty=1),
-    lambda body: body.pop("status"), lambda body: body.pop("flags"), lambda body: body.pop("case"),
-    lambda body: body["case"].update(seed=2), lambda body: body["case"].pop("seed"),
-    lambda body: body["case"].update(seed="1"), lambda body: body["case"].update(seed=-1),
-    lambda body: body["case"].update(novelty=1), lambda body: body["case"].update(network="resnet18"),
-    lambda body: body["case"]["network"].pop("name"), lambda body: body.update(case=None),
-    lambda body: body.update(images=None), lambda body: body.update(status=None),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.update(schema=2),
+        lambda body: body.update(id="0" * 16),
+        lambda body: body.update(status="fine"),
+        lambda body: body.update(novelty=1),
+        lambda body: body.pop("status"),
+        lambda body: body.pop("flags"),
+        lambda body: body.pop("case"),
+        lambda body: body["case"].update(seed=2),
+        lambda body: body["case"].pop("seed"),
+        lambda body: body["case"].update(seed="1"),
+        lambda body: body["case"].update(seed=-1),
+        lambda body: body["case"].update(novelty=1),
+        lambda body: body["case"].update(network="resnet18"),
+        lambda body: body["case"]["network"].pop("name"),
+        lambda body: body.update(case=None),
+        lambda body: body.update(images=None),
+        lambda body: body.update(status=None),
+    ],
+)
 def test_a_forged_record_is_damaged(change: Callable[[dict[str, Any]], object]) -> None:
     assert decode(forged(lambda body: None)) == RECORD
     with pytest.raises(Damaged):
@@ -186,11 +228,16 @@ LETTERS = st.binary(min_size=1, max_size=1) | st.sampled_from(JSONS)
 
 @settings(max_examples=400, deadline=None)
 @given(position=POSITIONS, letter=LETTERS, kind=st.sampled_from(["change", "insert", "delete", "cut"]))
-def test_a_damaged_file_says_so_or_says_the_same(tmp_path_factory: pytest.TempPathFactory, position: int,
-                                                 letter: bytes, kind: str) -> None:
+def test_a_damaged_file_says_so_or_says_the_same(
+    tmp_path_factory: pytest.TempPathFactory, position: int, letter: bytes, kind: str
+) -> None:
     content = encode(RECORD).encode()
-    tail = {"change": letter + content[position + 1 :], "insert": letter + content[position:],
-            "delete": content[position + 1 :], "cut": b""}
+    tail = {
+        "change": letter + content[position + 1 :],
+        "insert": letter + content[position:],
+        "delete": content[position + 1 :],
+        "cut": b"",
+    }
     file = tmp_path_factory.getbasetemp() / f"{CASE.id}.json"
     file.write_bytes(content[:position] + tail[kind])
     try:
@@ -226,8 +273,9 @@ def test_a_folder_gives_its_sound_records_and_names_the_damaged(tmp_path: Path) 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("function", ["replace", "fsync", "chmod"])
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      function: str, error: BaseException) -> None:
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
@@ -239,8 +287,9 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatc
     assert load(path) == RECORD
 
 
-def test_a_file_appears_only_when_it_is_whole_and_on_disk(tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_appears_only_when_it_is_whole_and_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
 
     def spy(name: str) -> Callable[..., Any]:
@@ -268,9 +317,17 @@ def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize(("status", "broken"), [
-    ("done", False), ("diverged", False), ("skipped", False), ("timeout", True), ("oom", True),
-    ("error", True)])
+@pytest.mark.parametrize(
+    ("status", "broken"),
+    [
+        ("done", False),
+        ("diverged", False),
+        ("skipped", False),
+        ("timeout", True),
+        ("oom", True),
+        ("error", True),
+    ],
+)
 def test_a_result_is_not_broken(status: Status, broken: bool) -> None:
     assert Record(case=CASE, status=status).broken is broken
     assert set(get_args(Status)) == {"done", "diverged", "skipped", "timeout", "oom", "error"}
@@ -290,8 +347,10 @@ def test_manifests_are_read_back(tmp_path: Path) -> None:
     assert one.name.startswith("plan-quick-")
 
 
-@pytest.mark.parametrize("text", [
-    "", "[]", "{}", "null", '{"cases": 3}', '{"cases": [{}]}', '{"cases": [], "a": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "null", '{"cases": 3}', '{"cases": [{}]}', '{"cases": [], "a": 1}', "[" * 100_000],
+)
 def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UsageError, match=r"a\.json"):
@@ -329,10 +388,14 @@ def test_a_case_is_read_back_from_plain_values(case: Case) -> None:
     assert again.id == case.id
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    *((name, 0) for name in ("batch", "resolution", "classes", "steps")),
-    *((name, -1) for name in ("batch", "image", "seed")),
-    *(("dtype", name) for name in ("float16", "flaot64", ""))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, 0) for name in ("batch", "resolution", "classes", "steps")),
+        *((name, -1) for name in ("batch", "image", "seed")),
+        *(("dtype", name) for name in ("float16", "flaot64", "")),
+    ],
+)
 def test_a_case_out_of_range_is_refused(field: str, value: Any) -> None:
     with pytest.raises(UsageError, match=field) as caught:
         replace(CASE, **{field: value})
@@ -340,17 +403,41 @@ def test_a_case_out_of_range_is_refused(field: str, value: Any) -> None:
     assert str(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [
-    {"seed": "1"}, {"seed": 1.0}, {"seed": True}, {"seed": None}, {"dtype": 32}, {"preparation": 1},
-    {"network": "a"}, {"network": {}}, {"network": None}, {"novelty": 1}, {"steps": -3}, {"dtype": "float8"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": "1"},
+        {"seed": 1.0},
+        {"seed": True},
+        {"seed": None},
+        {"dtype": 32},
+        {"preparation": 1},
+        {"network": "a"},
+        {"network": {}},
+        {"network": None},
+        {"novelty": 1},
+        {"steps": -3},
+        {"dtype": "float8"},
+    ],
+)
 def test_plain_values_of_another_kind_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError, KeyError)):
         Case.from_plain({**CASE.plain(), **change})
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    ("network", "resnet18"), ("network.activation", "relu"), ("network.dropout", None), ("seed", 1),
-    ("attack.history", 7), ("defense.std", 0.001), ("dtype", "float32"), ("dataset.path", "/data/é, b=c")])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("network", "resnet18"),
+        ("network.activation", "relu"),
+        ("network.dropout", None),
+        ("seed", 1),
+        ("attack.history", 7),
+        ("defense.std", 0.001),
+        ("dtype", "float32"),
+        ("dataset.path", "/data/é, b=c"),
+    ],
+)
 def test_a_field_is_got_by_its_path(path: str, value: object) -> None:
     assert CASE.get(path) == value
 
@@ -365,9 +452,12 @@ def test_an_unknown_field_is_refused(path: str) -> None:
 
 
 def test_streams_differ_by_purpose_seed_and_image() -> None:
-    found = {stream(replace(CASE, seed=seed, image=image), purpose)
-             for seed in range(12) for image in range(12)
-             for purpose in ("weights", "attack", "labels", "defense")}
+    found = {
+        stream(replace(CASE, seed=seed, image=image), purpose)
+        for seed in range(12)
+        for image in range(12)
+        for purpose in ("weights", "attack", "labels", "defense")
+    }
     assert len(found) == 12 * 12 * 4
     assert all(0 <= seed < 2**63 for seed in found)
     middle = sum(found) / len(found) / 2**63

@@ -155,10 +155,12 @@ def test_options_leave_room_for_the_name(kind: str, name: str) -> None:
 
 
 def test_names_are_read_without_importing_torch() -> None:
-    code = ("import sys; from dlgbench.registry import ROOMS\n"
-            "assert all(room.entries for room in ROOMS.values())\n"
-            "ROOMS['network'].spec('resnet18:activation=relu')\n"
-            "assert not {'torch', 'torchvision', 'numpy', 'pytorch_lightning', 'PIL'} & set(sys.modules)")
+    code = (
+        "import sys; from dlgbench.registry import ROOMS\n"
+        "assert all(room.entries for room in ROOMS.values())\n"
+        "ROOMS['network'].spec('resnet18:activation=relu')\n"
+        "assert not {'torch', 'torchvision', 'numpy', 'pytorch_lightning', 'PIL'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
@@ -172,8 +174,10 @@ def test_toys_are_read_from_source(toys: Room) -> None:
         "flag": Option("flag", bool, False), "count": Option("count", int, 3),
         "rate": Option("rate", float, 0.1), "colour": Option("colour", str, "red", colours),
         "word": Option("word", str, "w")}  # fmt: skip
-    assert toys.entry("data").options == {"width": Option("width", int, None),
-                                          "colour": Option("colour", str, "green", colours)}
+    assert toys.entry("data").options == {
+        "width": Option("width", int, None),
+        "colour": Option("colour", str, "green", colours),
+    }
 
 
 # Specs
@@ -192,8 +196,10 @@ def value_of(option: Option, alone: bool, positive: bool) -> st.SearchStrategy[V
 
 def some_options(entry: Entry) -> st.SearchStrategy[dict[str, Value]]:
     alone = len(entry.options) == 1
-    values = {name: value_of(option, alone, name in entry.facts.get("positive", ()))
-              for name, option in entry.options.items()}
+    values = {
+        name: value_of(option, alone, name in entry.facts.get("positive", ()))
+        for name, option in entry.options.items()
+    }
     required = {name: values.pop(name) for name, option in entry.options.items() if option.default is None}
     return st.fixed_dictionaries(required, optional=values)
 
@@ -218,8 +224,9 @@ def test_a_spec_is_read_back_from_its_text(kind: str, name: str, data: st.DataOb
 @pytest.mark.parametrize("name", ["one", "many", "data"])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_a_toys_spec_is_read_back_from_its_text(tmp_path_factory: pytest.TempPathFactory, name: str,
-                                                data: st.DataObject) -> None:
+def test_a_toys_spec_is_read_back_from_its_text(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
     check_round_trip(toy_room(tmp_path_factory.getbasetemp(), TOYS), name, data)
 
 
@@ -230,17 +237,25 @@ def test_an_only_option_may_hold_any_sign(path: str) -> None:
     assert DATASETS.spec(str(spec)) == spec
 
 
-@pytest.mark.parametrize(("text", "spec"), [
-    ("noise", Spec("noise", (("std", 0.01),))), ("noise:0.5", Spec("noise", (("std", 0.5),))),
-    ("noise:std=5e-1", Spec("noise", (("std", 0.5),))), ("none", Spec("none")), ("none:", Spec("none")),
-])
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("noise", Spec("noise", (("std", 0.01),))),
+        ("noise:0.5", Spec("noise", (("std", 0.5),))),
+        ("noise:std=5e-1", Spec("noise", (("std", 0.5),))),
+        ("none", Spec("none")),
+        ("none:", Spec("none")),
+    ],
+)
 def test_short_forms(text: str, spec: Spec) -> None:
     assert DEFENSES.spec(text) == spec
 
 
 def test_an_options_order_does_not_matter() -> None:
-    one, other = (NETWORKS.spec(f"resnet18:{text}")
-                  for text in ("activation=relu,batchnorm=eval", " batchnorm = eval , activation = relu"))
+    one, other = (
+        NETWORKS.spec(f"resnet18:{text}")
+        for text in ("activation=relu,batchnorm=eval", " batchnorm = eval , activation = relu")
+    )
     assert one == other
     assert str(one) == "resnet18:activation=relu,batchnorm=eval,init=default"
     assert one.get("dropout") is None
@@ -269,28 +284,42 @@ def refused(call: Callable[[], object], *words: str) -> None:
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("room", "text", "words"), [
-    (NETWORKS, "resnet81", ["unknown network 'resnet81'", "densenet121, inception_v3", "mean 'resnet18'"]),
-    (NETWORKS, "", ["unknown network ''", "lenet5"]),
-    (ATTACKS, "dgl", ["unknown attack 'dgl'", "did you mean 'dlg'"]),
-    (NETWORKS, "resnet18:activaton=relu", ["'resnet18'", "'activaton'", "did you mean 'activation'"]),
-    (NETWORKS, "lenet5:batchnorm=eval", ["'lenet5'", "'batchnorm'", "activation, init"]),
-    (NETWORKS, "resnet18:activation=sigmiod", ["'activation'", "'sigmiod'", "did you mean 'sigmoid'"]),
-    (NETWORKS, "resnet18:relu", ["key=value", "'relu'"]),
-    (NETWORKS, "resnet18:init=default,init=default", ["each once"]),
-    (ATTACKS, "dlg:history=1.5", ["'history'", "expected int", "'1.5'"]),
-    (ATTACKS, "dlg:learning_rate=fast", ["'learning_rate'", "expected float", "'fast'"]),
-    (DATASETS, "folder", ["'folder' needs a value", "folder:path="]),
-    (DATASETS, "samples:cifar11", ["'cifar11'", "did you mean 'cifar10'"]),
-])
+@pytest.mark.parametrize(
+    ("room", "text", "words"),
+    [
+        (
+            NETWORKS,
+            "resnet81",
+            ["unknown network 'resnet81'", "densenet121, inception_v3", "mean 'resnet18'"],
+        ),
+        (NETWORKS, "", ["unknown network ''", "lenet5"]),
+        (ATTACKS, "dgl", ["unknown attack 'dgl'", "did you mean 'dlg'"]),
+        (NETWORKS, "resnet18:activaton=relu", ["'resnet18'", "'activaton'", "did you mean 'activation'"]),
+        (NETWORKS, "lenet5:batchnorm=eval", ["'lenet5'", "'batchnorm'", "activation, init"]),
+        (NETWORKS, "resnet18:activation=sigmiod", ["'activation'", "'sigmiod'", "did you mean 'sigmoid'"]),
+        (NETWORKS, "resnet18:relu", ["key=value", "'relu'"]),
+        (NETWORKS, "resnet18:init=default,init=default", ["each once"]),
+        (ATTACKS, "dlg:history=1.5", ["'history'", "expected int", "'1.5'"]),
+        (ATTACKS, "dlg:learning_rate=fast", ["'learning_rate'", "expected float", "'fast'"]),
+        (DATASETS, "folder", ["'folder' needs a value", "folder:path="]),
+        (DATASETS, "samples:cifar11", ["'cifar11'", "did you mean 'cifar10'"]),
+    ],
+)
 def test_what_does_not_fit_is_named_with_its_neighbour(room: Room, text: str, words: list[str]) -> None:
     refused(lambda: room.spec(text), *words)
 
 
-@pytest.mark.parametrize(("option", "value", "kind"), [
-    ("flag", "yes", "bool"), ("flag", 1, "bool"), ("count", 2.0, "int"), ("count", True, "int"),
-    ("count", "", "int"), ("rate", "", "float"),
-])
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [
+        ("flag", "yes", "bool"),
+        ("flag", 1, "bool"),
+        ("count", 2.0, "int"),
+        ("count", True, "int"),
+        ("count", "", "int"),
+        ("rate", "", "float"),
+    ],
+)
 def test_values_of_another_type_are_refused(toys: Room, option: str, value: Value, kind: str) -> None:
     refused(lambda: toys.complete("many", {option: value}), f"'{option}'", f"expected {kind}")
 

@@ -13,7 +13,12 @@ from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
 
 
-@ATTACKS.register("dlg", positive=("learning_rate", "history", "iterations"))
+@ATTACKS.register(
+    "dlg",
+    labels="optimised with the images",
+    priors="none",
+    positive=("learning_rate", "history", "iterations"),
+)
 class DLG(Attack):
     """Images and soft labels together, squared distance, L-BFGS (Zhu et al. 2019, algorithm 1).
 
