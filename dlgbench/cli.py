@@ -11,18 +11,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from dlgbench import __version__
+from dlgbench import __version__, exits
 from dlgbench.errors import EnvironmentBroken, UsageError
 
-if TYPE_CHECKING:
-    from dlgbench.records import Manifest
-    from dlgbench.store import Store
-
-OK, FAILED, USAGE, OUT_OF_TIME, BROKEN = range(5)
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOBAL_RANK", "NODE_RANK")
 
 
@@ -44,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.command(options)
         sys.stdout.flush()
     except UsageError as error:
-        return _complain(str(error), USAGE)
+        return _complain(str(error), exits.USAGE)
     except EnvironmentBroken as error:
-        return _complain(str(error), BROKEN)
+        return _complain(str(error), exits.BROKEN)
     except Stopped as stopped:
         return _complain(
             "stopped; the finished trials are saved, and the same command goes on", 128 + stopped.number
         )
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return exits.OK
     return code
 
 
@@ -156,12 +150,12 @@ def list_names(options: argparse.Namespace) -> int:
     from dlgbench import listing
 
     print(listing.as_json()) if options.json else _console(options).print(listing.tables(), soft_wrap=False)
-    return OK
+    return exits.OK
 
 
 def tables(options: argparse.Namespace) -> int:
     """``dlgbench table``."""
-    from dlgbench import records
+    from dlgbench import records, views
     from dlgbench.store import Store
 
     store = Store(options.out)
@@ -172,23 +166,8 @@ def tables(options: argparse.Namespace) -> int:
             "start one with `dlgbench run all` or name another directory with --out"
         )
     for manifest in wanted:
-        print_table(_console(options), store, manifest, "json" if options.json else options.format)
-    return OK
-
-
-def print_table(console: Console, store: Store, manifest: Manifest, form: str) -> None:
-    """One plan's table, and the damaged records that are missing from it."""
-    from dlgbench import leaderboard, render
-
-    found, damaged = store.load(manifest.cases)
-    for path, fault in damaged.items():
-        _complain(f"{path}: damaged record left out ({fault}); run the plan again to repair it", OK)
-    rows = leaderboard.table(manifest, found)
-    title = f"{manifest.title} ({manifest.profile} profile)"
-    if form == "rich":
-        console.print(render.rich_table(title, rows, console.width))
-    else:
-        sys.stdout.write(render.FORMATS[form](title, rows))
+        views.print_table(_console(options), store, manifest, "json" if options.json else options.format)
+    return exits.OK
 
 
 def show_record(options: argparse.Namespace) -> int:
@@ -208,7 +187,7 @@ def show_record(options: argparse.Namespace) -> int:
         raise UsageError(f"{found[0]}: expected a sound record, got {error}; run its plan again") from None
     text = records.encode(record)
     sys.stdout.write(text) if options.json else _console(options).print_json(text)
-    return OK
+    return exits.OK
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -220,7 +199,7 @@ def doctor(options: argparse.Namespace) -> int:
         print(json.dumps([vars(finding) for finding in findings], indent=1))
     else:
         _console(options).print(listing.findings(findings))
-    return BROKEN if doctor.broken(findings) else OK
+    return exits.BROKEN if doctor.broken(findings) else exits.OK
 
 
 def _positive(text: str) -> int:

@@ -23,4 +23,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {name!r}: expected one of {', '.join(choices)}{hint}")
+    expected = f"one of {', '.join(choices)}" if choices else "none"
+    return UsageError(f"unknown {kind} {name!r}: expected {expected}{hint}")

@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 SMALLEST_MSE = 1e-16
 """Errors below this are rounding, also in float64; it bounds PSNR at 160 dB, so that no value is infinite."""
-SSIM_WINDOW, MS_SSIM_SMALLEST = 11, 161
+SSIM_WINDOW, MS_SSIM_SMALLEST = 11, 176
 RECOGNISABLE_AT_QUARTER = 128
 TIERS = ("failed", "partial", "recognisable", "exact")
 
@@ -32,7 +32,9 @@ def assign(reconstruction: Tensor, truth: Tensor) -> Tensor:
     Both are ``(image, channel, height, width)``; pairs with an undefined error are taken last.
     """
     errors = (truth.flatten(1)[:, None] - reconstruction.flatten(1)[None]).square().mean(-1)
-    finite = errors.double().nan_to_num(nan=1e30, posinf=1e30).cpu().numpy()
+    defined = errors.double().cpu()
+    worst = 2 * len(truth) * defined[defined.isfinite()].max().item() + 1 if defined.isfinite().any() else 1.0
+    finite = defined.nan_to_num(nan=worst, posinf=worst).numpy()
     return torch.as_tensor(linear_sum_assignment(finite)[1], device=truth.device)
 
 
@@ -62,9 +64,10 @@ class Fidelity(Metric):
     def compute(self) -> dict[str, Tensor]:
         raw, truth = torch.cat(self.reconstruction), torch.cat(self.truth)
         ours, side = raw.clamp(0, 1), truth.shape[-1]
+        block = min(side, 4)
         mse = (ours - truth).square().flatten(1).mean(-1)
         values = {"mse": mse, "psnr": psnr(mse), "pearson": pearson(ours, truth),
-                  "pearson_quarter": pearson(F.avg_pool2d(ours, 4), F.avg_pool2d(truth, 4)),
+                  "pearson_quarter": pearson(F.avg_pool2d(ours, block), F.avg_pool2d(truth, block)),
                   "psnr_affine": psnr_affine(raw, truth)}  # fmt: skip
         if side >= SSIM_WINDOW:
             values["ssim"] = _vector(ssim(ours, truth, data_range=1.0, reduction="none"))
@@ -77,7 +80,8 @@ class Fidelity(Metric):
 
 def pearson(ours: Tensor, truth: Tensor) -> Tensor:
     """Correlation over all pixels and channels of each image, in [-1, 1]; 0 where one is constant."""
-    a, b = (images.flatten(1) - images.flatten(1).mean(-1, keepdim=True) for images in (ours, truth))
+    flat = [images.flatten(1) for images in (ours, truth)]
+    a, b = (torch.where((x.amax(-1) > x.amin(-1))[:, None], x - x.mean(-1, keepdim=True), 0) for x in flat)
     scale = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(scale > 0, (a * b).sum(-1) / scale.clamp_min(torch.finfo(a.dtype).tiny), 0).clamp(
         -1, 1

@@ -120,9 +120,9 @@ def probe(network: Network, shape: tuple[int, ...]) -> None:
 
 def initialise(network: Network, init: str, activation: str) -> None:
     """Draw the weights: ``default`` (as built), ``uniform:BOUND`` or ``variance_preserving``."""
-    name, _, bound = init.partition(":")
-    if name not in ("default", "uniform", "variance_preserving"):
-        raise unknown("init", name, ("default", "uniform:BOUND", "variance_preserving"))
+    name, colon, bound = init.partition(":")
+    if name not in ("default", "uniform", "variance_preserving") or (colon and name != "uniform"):
+        raise unknown("init", init, ("default", "uniform:BOUND", "variance_preserving"))
     if name == "uniform":
         _uniform(network, bound)
     elif name == "variance_preserving":

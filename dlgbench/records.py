@@ -58,7 +58,7 @@ def encode(record: Record) -> str:
     """Strict JSON with a digest of its content; raises ValueError for NaN or infinity."""
     values = {name: getattr(record, name) for name in _names()} | {"case": record.case.plain()}
     body = {"schema": SCHEMA, "id": record.case.id, **values}
-    return json.dumps({"digest": _digest(body), **body}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps({"digest": _digest(body), **body}, indent=1, allow_nan=False) + "\n"
 
 
 def decode(text: str) -> Record:
@@ -155,7 +155,7 @@ class Manifest:
             "profile": self.profile,
             "cases": [case.plain() for case in self.cases],
         }
-        write(folder / f"{self.name}.json", (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
+        write(folder / f"{self.name}.json", (json.dumps(body, indent=1) + "\n").encode())
 
 
 def manifests(folder: Path) -> list[Manifest]:
@@ -167,7 +167,7 @@ def _manifest(path: Path) -> Manifest:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         return Manifest(**{**body, "cases": tuple(map(Case.from_plain, body["cases"]))})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: expected the manifest of a run, got {error}; run its plan again") from None
 
 

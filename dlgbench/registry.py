@@ -98,7 +98,13 @@ class Room:
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Every registered name, in the order of the source."""
-        return {entry.name: entry for module, file in self._sources() for entry in self._read(module, file)}
+        found: dict[str, Entry] = {}
+        for module, file in self._sources():
+            for entry in self._read(module, file):
+                if entry.name in found:
+                    raise ValueError(f"{self.kind} {entry.name!r} is registered twice")
+                found[entry.name] = entry
+        return found
 
     def entry(self, name: str) -> Entry:
         """The entry called ``name``; raises UsageError with the nearest name."""
@@ -186,7 +192,10 @@ def _convert(kind: type, text: Value) -> Value:
         return _BOOLEANS[str(text).lower()]
     if kind is int and isinstance(text, float | bool):
         raise ValueError(text)
-    return kind(text)  # type: ignore[no-any-return]
+    value: Value = kind(text)
+    if isinstance(value, float) and not math.isfinite(value):  # no record could hold it
+        raise ValueError(text)
+    return value
 
 
 def _split(rest: str, options: list[str]) -> dict[str, Value]:
@@ -196,10 +205,10 @@ def _split(rest: str, options: list[str]) -> dict[str, Value]:
         return {options[0]: rest.removeprefix(f"{options[0]}=")}
     given: dict[str, Value] = {}
     for part in rest.split(","):
-        key, equals, value = part.partition("=")
+        key, equals, value = (word.strip() for word in part.partition("="))
         if not equals or key in given:
             raise UsageError(f"expected options as key=value,key=value, each once; got {rest!r}")
-        given[key.strip()] = value.strip()
+        given[key] = value
     return given
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import cli, plan, runner, trial
+from dlgbench import exits, plan, runner, trial, views
 from dlgbench.case import Case
 from dlgbench.display import display, label
 from dlgbench.errors import EnvironmentBroken, UsageError
@@ -110,7 +110,7 @@ def _dry_run(
             for case, state, reason, s in rows
         ]
         print(json.dumps({"at_most_seconds": round(total), "cases": told}, indent=1))
-        return cli.OK
+        return exits.OK
     table = Table("id", "case", "steps", "state", "at most", box=None, header_style="bold", pad_edge=False)
     for case, state, reason, seconds in rows:
         state = f"skipped: {reason}" if reason else state
@@ -119,7 +119,7 @@ def _dry_run(
     console.print(
         f"{len(todo)} of {len(cases)} cases are missing; at most {total / 60:.0f} minutes on two CPU cores"
     )
-    return cli.OK
+    return exits.OK
 
 
 def _report(
@@ -133,7 +133,7 @@ def _report(
         if summary.computed or not list((store.root / "tables").glob(f"{one.name}.*")):
             store.tabulate(one)
             store.plot(one)
-        cli.print_table(console, store, one, "json" if options.json else "rich")
+        views.print_table(console, store, one, "json" if options.json else "rich")
     broken = sum(record.broken for record in summary.computed)
     console.print(
         f"{len(summary.computed)} trials computed ({broken} broke), {summary.cached} were there; tables, "
@@ -144,5 +144,5 @@ def _report(
         soft_wrap=True,
     )
     if summary.out_of_time:
-        return cli.OUT_OF_TIME
-    return cli.FAILED if broken else cli.OK
+        return exits.OUT_OF_TIME
+    return exits.FAILED if broken else exits.OK

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dlgbench import cli
+from dlgbench import cli, exits
 
 LENET = [
     "run",
@@ -44,7 +44,7 @@ def _signals() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one small run."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert cli.main([*LENET, "--out", str(out)]) == cli.OK
+    assert cli.main([*LENET, "--out", str(out)]) == exits.OK
     return out
 
 
@@ -81,7 +81,7 @@ def test_a_run_leaves_records_tables_plots_and_pictures(finished: Path) -> None:
 
 def test_a_second_run_computes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.json")}
-    assert cli.main([*LENET, "--out", str(finished)]) == cli.OK
+    assert cli.main([*LENET, "--out", str(finished)]) == exits.OK
     assert "0 trials computed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before if path.parent.name != "plans"} == {
         path: stamp for path, stamp in before.items() if path.parent.name != "plans"
@@ -111,7 +111,7 @@ def test_tensorboard_holds_scalars_images_and_hparams(finished: Path) -> None:
 def test_tables_show_the_run_and_its_baselines(
     finished: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["table", "--out", str(finished), "--format", form]) == cli.OK
+    assert cli.main(["table", "--out", str(finished), "--format", form]) == exits.OK
     shown = capsys.readouterr().out.replace("\\", "")
     assert "lenet_dlg" in shown
     assert "(grey)" in shown
@@ -119,9 +119,9 @@ def test_tables_show_the_run_and_its_baselines(
 
 def test_show_prints_one_record(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, record = next(iter(contents(finished / "records").items()))
-    assert cli.main(["show", name[:8], "--json", "--out", str(finished)]) == cli.OK
+    assert cli.main(["show", name[:8], "--json", "--out", str(finished)]) == exits.OK
     assert json.loads(capsys.readouterr().out)["id"] == record["id"]
-    assert cli.main(["show", "zz", "--out", str(finished)]) == cli.USAGE
+    assert cli.main(["show", "zz", "--out", str(finished)]) == exits.USAGE
 
 
 def test_dry_run_tells_cached_from_missing_and_writes_nothing(
@@ -141,19 +141,19 @@ def test_dry_run_tells_cached_from_missing_and_writes_nothing(
         "--dry-run",
         "--json",
     ]
-    assert cli.main([*arguments, "--out", str(finished)]) == cli.OK
+    assert cli.main([*arguments, "--out", str(finished)]) == exits.OK
     states = [case["state"] for case in json.loads(capsys.readouterr().out)["cases"]]
     assert states == ["cached", "cached", "missing"]
-    assert cli.main([*arguments, "--out", str(tmp_path / "new")]) == cli.OK
+    assert cli.main([*arguments, "--out", str(tmp_path / "new")]) == exits.OK
     assert not (tmp_path / "new").exists()
 
 
 def test_a_limited_run_is_partial_and_in_no_leaderboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*LENET, "--limit", "1", "--out", str(tmp_path)]) == cli.OK
+    assert cli.main([*LENET, "--limit", "1", "--out", str(tmp_path)]) == exits.OK
     assert "partial: 1 of 2" in " ".join(capsys.readouterr().out.split())
-    assert cli.main(["table", "--format", "md", "--out", str(tmp_path)]) == cli.OK
+    assert cli.main(["table", "--format", "md", "--out", str(tmp_path)]) == exits.OK
     shown = capsys.readouterr().out
     assert "Partial and therefore left out: lenet\\_dlg (1 of 2 trials)" in shown
     assert "| lenet" not in shown
@@ -163,14 +163,14 @@ def test_a_damaged_record_is_reported_left_out_and_repaired(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = [*LENET[:6], "--images", "1", "--steps", "2", "--out", str(tmp_path)]
-    assert cli.main(one) == cli.OK
+    assert cli.main(one) == exits.OK
     (path,) = (tmp_path / "records").iterdir()
     whole, before = path.read_text(), contents(path.parent)
     path.write_text(whole.replace('"closures": ', '"closures": 9'))
     capsys.readouterr()
-    assert cli.main(["table", "--out", str(tmp_path)]) == cli.OK
+    assert cli.main(["table", "--out", str(tmp_path)]) == exits.OK
     assert "digest" in capsys.readouterr().err
-    assert cli.main(one) == cli.OK
+    assert cli.main(one) == exits.OK
     assert "damaged record" in capsys.readouterr().out
     assert contents(path.parent) == before
 
@@ -186,12 +186,12 @@ def test_a_skipped_case_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixtur
         "--out",
         str(tmp_path),
     ]
-    assert cli.main(arguments) == cli.OK
+    assert cli.main(arguments) == exits.OK
     assert "more than 1 value per channel" in " ".join(capsys.readouterr().out.split())
 
 
 def test_json_goes_to_standard_output_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*LENET, "--json", "--out", str(finished)]) == cli.OK
+    assert cli.main([*LENET, "--json", "--out", str(finished)]) == exits.OK
     body = json.loads(capsys.readouterr().out)
     assert body["rows"][0]["name"] == "lenet_dlg"
 
@@ -227,7 +227,7 @@ def test_bad_requests_end_with_code_2_before_anything_is_written(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, expected = WRONG[name]
-    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == cli.USAGE
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == exits.USAGE
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -244,7 +244,7 @@ def test_a_malformed_plan_names_its_fault(
     text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.toml").write_text(text)
-    assert cli.main(["run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == cli.USAGE
+    assert cli.main(["run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == exits.USAGE
     assert expected in capsys.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_an_unwritable_output_directory_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert cli.main([*LENET, "--out", str(tmp_path / "file" / "out")]) == cli.USAGE
+    assert cli.main([*LENET, "--out", str(tmp_path / "file" / "out")]) == exits.USAGE
     assert "expected a directory to write to" in capsys.readouterr().err
 
 
@@ -261,7 +261,7 @@ def test_a_plan_of_ones_own_runs_from_any_directory(tmp_path: Path, monkeypatch:
         "[grid]\nnetwork = ['lenet_dlg:activation=tanh']\n[quick]\nsteps = 1\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["run", "mine.toml"]) == cli.OK
+    assert cli.main(["run", "mine.toml"]) == exits.OK
     (record,) = contents(tmp_path / "runs" / "records").values()
     assert record["case"]["network"]["activation"] == "tanh"
 
@@ -283,14 +283,14 @@ def test_signals_stop_a_run_with_their_codes(number: signal.Signals, code: int, 
 def test_a_killed_run_resumes_to_the_same_records(tmp_path: Path) -> None:
     arguments = [*LENET[:6], "--images", "3", "--steps", "12"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert cli.main([*arguments, "--out", str(undisturbed)]) == cli.OK
+    assert cli.main([*arguments, "--out", str(undisturbed)]) == exits.OK
     process = start(*arguments, "--out", str(killed))
     wait_for(killed / "records", 1, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert len(contents(killed / "records")) < 3
-    assert cli.main([*arguments, "--out", str(killed)]) == cli.OK
+    assert cli.main([*arguments, "--out", str(killed)]) == exits.OK
     assert contents(killed / "records") == contents(undisturbed / "records")
 
 
@@ -305,7 +305,7 @@ def test_running_out_of_time_is_code_3_and_leaves_no_record(tmp_path: Path) -> N
         "--out",
         str(tmp_path),
     ]
-    assert cli.main([*arguments, "--time-limit", "0.01"]) == cli.OUT_OF_TIME
+    assert cli.main([*arguments, "--time-limit", "0.01"]) == exits.OUT_OF_TIME
     assert not contents(tmp_path / "records")
 
 
@@ -313,12 +313,12 @@ def test_a_broken_trial_is_code_1_and_is_retried_on_demand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*LENET[:6], "--images", "1", "--steps", "400", "--out", str(tmp_path)]
-    assert cli.main([*arguments, "--trial-timeout", "0.0001"]) == cli.FAILED
+    assert cli.main([*arguments, "--trial-timeout", "0.0001"]) == exits.FAILED
     assert next(iter(contents(tmp_path / "records").values()))["status"] == "timeout"
     assert "1 broken" in " ".join(capsys.readouterr().out.split())
-    assert cli.main(arguments) == cli.OK
+    assert cli.main(arguments) == exits.OK
     assert "0 trials computed" in capsys.readouterr().out
-    assert cli.main([*arguments, "--retry-failed", "--trial-timeout", "0.0001"]) == cli.FAILED
+    assert cli.main([*arguments, "--retry-failed", "--trial-timeout", "0.0001"]) == exits.FAILED
     assert "1 trials computed" in capsys.readouterr().out
 
 
@@ -344,13 +344,13 @@ def test_a_broken_torch_is_code_4_with_the_way_to_its_remedy(tmp_path: Path) -> 
         env=environment,
         capture_output=True,
     )
-    assert done.returncode == cli.BROKEN
+    assert done.returncode == exits.BROKEN
     assert "dlgbench doctor" in done.stderr
 
 
 def test_the_lists_name_every_network(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list"]) == cli.OK
+    assert cli.main(["list"]) == exits.OK
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("lenet5", "lenet_dlg", "resnet18", "densenet121", "inception_v3"))
-    assert cli.main(["list", "--json"]) == cli.OK
+    assert cli.main(["list", "--json"]) == exits.OK
     assert json.loads(capsys.readouterr().out)["networks"]["resnet18"]["facts"]["resolution"] == 224
