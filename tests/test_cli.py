@@ -302,6 +302,8 @@ def test_running_out_of_time_is_code_3_and_leaves_no_record(tmp_path: Path) -> N
         "network=lenet_dlg",
         "--steps",
         "500",
+        "--set",
+        "image=1",
         "--out",
         str(tmp_path),
     ]
