@@ -172,7 +172,7 @@ def tables(options: argparse.Namespace) -> int:
 
 def show_record(options: argparse.Namespace) -> int:
     """``dlgbench show``."""
-    from dlgbench import records
+    from dlgbench import records, views
     from dlgbench.store import Store
 
     folder = Store(options.out).records
@@ -185,8 +185,10 @@ def show_record(options: argparse.Namespace) -> int:
         record = records.load(found[0])
     except records.Damaged as error:
         raise UsageError(f"{found[0]}: expected a sound record, got {error}; run its plan again") from None
-    text = records.encode(record)
-    sys.stdout.write(text) if options.json else _console(options).print_json(text)
+    if options.json:
+        sys.stdout.write(records.encode(record))
+    else:
+        views.print_record(_console(options), record)
     return exits.OK
 
 

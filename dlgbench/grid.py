@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dlgbench import networks
+from dlgbench import networks, victims
 from dlgbench.case import Case
-from dlgbench.datasets import Dataset
-from dlgbench.errors import Unsuitable, UsageError
+from dlgbench.datasets import PREPARATIONS, Dataset
+from dlgbench.errors import Unsuitable, UsageError, unknown
 from dlgbench.plan import Plan
 from dlgbench.records import Manifest
 from dlgbench.registry import DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
@@ -45,6 +45,9 @@ def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: 
         DEFENSES.make(defense)  # factories check what names and types cannot tell
     for case in cases:
         why_not(case, data)
+    needed = [(case.dataset, i) for case in cases for i in victims.indices(case, data(case.dataset))]
+    for dataset, index in dict.fromkeys(needed):
+        data(dataset).image(index)  # raises what is wrong with the file
     return Manifest(plan.name, plan.title, profile, cases)
 
 
@@ -104,11 +107,14 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
     """The case of one row: what the plan leaves open is filled by the network and the dataset."""
     specs: dict[str, Any] = {kind: _spec(plan, kind, str(row[kind])) for kind in ROOMS}
     dataset, facts = data(specs["dataset"]), NETWORKS.entry(specs["network"].name).facts
+    preparation = row["preparation"] or facts["preparation"]
+    if preparation not in PREPARATIONS:
+        raise unknown("preparation", preparation, PREPARATIONS)
     return Case(
         **specs,
         batch=_number(row, "batch") or facts["batch"],
         resolution=_number(row, "resolution") or facts["resolution"],
-        preparation=row["preparation"] or facts["preparation"],
+        preparation=preparation,
         channels=facts["channels"] or dataset.channels,
         classes=_number(row, "classes") or dataset.classes or facts["classes"],
         **{name: row[name] for name in ("steps", "dtype", "image", "seed")},

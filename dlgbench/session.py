@@ -26,7 +26,8 @@ from dlgbench.trial import Setup
 def run(options: argparse.Namespace, console: Console) -> int:
     """Returns the exit code; raises UsageError before anything is computed or written."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its advice and notices
-    store, data = Store(options.out), Data(options.data_root)
+    root = options.data_root and options.data_root.expanduser()
+    store, data = Store(options.out), Data(root)
     manifests = _manifests(options, data)
     cases = list(dict.fromkeys(case for one in manifests for case in one.cases))[: options.limit]
     limits = Limits(options.force, options.retry_failed, options.time_limit * 60)

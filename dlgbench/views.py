@@ -1,13 +1,17 @@
-"""Tables of what is stored, on a console or standard output."""
+"""What is stored, on a console or standard output."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dlgbench import leaderboard, render
-from dlgbench.records import Manifest
+from dlgbench.records import Manifest, Record
 from dlgbench.store import Store
 
 
@@ -23,3 +27,47 @@ def print_table(console: Console, store: Store, manifest: Manifest, form: str) -
         console.print(render.rich_table(title, rows, console.width))
     else:
         sys.stdout.write(render.FORMATS[form](title, rows))
+
+
+def print_record(console: Console, record: Record) -> None:
+    """What a person wants to know of one trial; `records.encode` has all of it."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _facts(record):
+        table.add_row(Text(render.printable(name)), Text(render.printable(value)))
+    console.print(table)
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    yield "id", record.case.id
+    for name in (
+        "status",
+        "reason",
+        "outcome",
+        "flags",
+        "objective",
+        "relative",
+        "convergence_step",
+        "closures",
+    ):
+        value = getattr(record, name)
+        yield name, ", ".join(value) if isinstance(value, tuple) else _short(value)
+    for name, value in record.case.plain().items():
+        yield name, _pairs(value) if isinstance(value, dict) else _short(value)
+    for index, image in enumerate(record.images):
+        yield f"image {index}", _pairs(image)
+    for name, images in record.baselines.items():
+        yield f"baseline {name}", "; ".join(map(_pairs, images))
+    for name, trace in record.history.items():
+        yield f"{name} by step", f"{_short(trace[0])} … {_short(trace[-1])} in {len(trace) - 1} steps"
+    for name, value in (record.cost | record.provenance).items():
+        yield name, _pairs(value) if isinstance(value, dict) else _short(value)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+
+
+def _short(value: object) -> str:
+    return "–" if value is None or value == "" else f"{value:.5g}" if isinstance(value, float) else str(value)

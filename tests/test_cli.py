@@ -16,6 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dlgbench import cli, exits
+from dlgbench.registry import DATASETS
 
 LENET = [
     "run",
@@ -214,12 +215,26 @@ WRONG = {
     ),
     "two devices": (["run", "all", "--devices", "2"], "would average the gradients"),
     "no data root": (["run", "all", "--set", "dataset=cifar10"], "--data-root"),
+    "bad preparation": (["run", "all", "--set", "preparation=corp"], "did you mean 'crop'?"),
     "no folder": (["run", "all", "--set", "dataset=folder:/no/such/folder"], "/no/such/folder"),
     "bad init": (
         ["run", "all", "--set", "network.init=unifrom:0.5"],
         "expected one of default, uniform:BOUND",
     ),
 }
+
+
+def test_a_truncated_image_is_refused_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    photo = DATASETS.make(DATASETS.spec("photos"), None).image(1)
+    photo.save(tmp_path / "photos" / "whole.png")
+    (tmp_path / "photos" / "broken.png").write_bytes((tmp_path / "photos" / "whole.png").read_bytes()[:5000])
+    arguments = [*LENET, "--set", f"dataset=folder:{tmp_path / 'photos'}", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == exits.USAGE
+    assert "broken.png" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", WRONG)
