@@ -45,7 +45,7 @@ class Judge(pl.Callback):
     def measure(self, attack: pl.LightningModule, step: int) -> None:
         """Append the batch's mean metrics at the current iterate, and keep its picture now and then."""
         assert isinstance(attack, Attack)
-        images = attack.pixels(attack.dummy_images.detach())[self.row]
+        images = attack.pixels(attack.dummy_images.detach())[self.row].cpu()
         images = images[assign(images.clamp(0, 1), self.images)]
         rows = fidelity(images, self.images)
         for name, values in self.history.items():

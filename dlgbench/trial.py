@@ -21,7 +21,7 @@ from dlgbench.attacks.base import Attack, Reconstruction, Task
 from dlgbench.callbacks import Guard, Judge, Progress, TensorBoard, to_uint8
 from dlgbench.case import Case, stream
 from dlgbench.datasets import Dataset
-from dlgbench.leak import Leak, Secret
+from dlgbench.leak import Leak
 from dlgbench.metrics import TIERS, assign, baselines, convergence_step, fidelity, tier
 from dlgbench.prepare import Network
 from dlgbench.records import Record, Status, finite
@@ -79,22 +79,21 @@ def _run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record
     guard, logger = Guard(setup.timeout), _logger(case, setup.tensorboard)
     device = device_of(setup.accelerator)
     network = network_of(case).to(device)
-    secret = Secret(*(tensor.to(device) for tensor in secret_of(case, dataset)))
-    leak, judge = leak_of(case, network, secret), Judge(secret, case.steps)
+    secret = secret_of(case, dataset)
+    leak, judge = leak_of(case, network, secret, device), Judge(secret, case.steps)
     attack = attack_on(case, network)
     callbacks = [judge, guard, Progress(judge, show), *([TensorBoard(judge)] if logger else [])]
     meter = provenance.Meter()
     trainer_on(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
     cost = meter.stop(device)
-    found = attack.finish(leak)
-    record = _record(case, found, attack, judge, guard.verdict)
+    record = _record(case, attack, judge, guard.verdict)
     known = {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
     digest = {"private_images_sha256": provenance.digest(secret.images)}
     record = replace(record, cost=cost, provenance={**provenance.facts(device), **known, **digest})
     if logger:
         logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in _finals(record).items()})
         logger.finalize("success")
-    return record, _pictures(judge, found)
+    return record, _pictures(judge, attack.result)
 
 
 def attack_on(case: Case, network: Network) -> Attack:
@@ -104,9 +103,8 @@ def attack_on(case: Case, network: Network) -> Attack:
     return attack
 
 
-def _record(
-    case: Case, found: Reconstruction, attack: Attack, judge: Judge, verdict: Status | None
-) -> Record:
+def _record(case: Case, attack: Attack, judge: Judge, verdict: Status | None) -> Record:
+    found = attack.result
     order = assign(found.images[0].clamp(0, 1), judge.images)
     images: list[dict[str, Any]] = [*fidelity(found.images[0][order], judge.images)]
     trivial = {name: fidelity(picture, judge.images) for name, picture in baselines(judge.images).items()}

@@ -16,6 +16,8 @@ from dlgbench.leak import Leak, Secret, Tensors, gradients
 from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 
+CPU = torch.device("cpu")
+
 
 def network_of(case: Case) -> Network:
     """The case's network with the case's weights; raises `Unsuitable` with the reason to skip it."""
@@ -42,14 +44,13 @@ def secret_of(case: Case, dataset: Dataset) -> Secret:
     return Secret(torch.stack(images).to(getattr(torch, case.dtype))[None], torch.tensor(labels)[None])
 
 
-def leak_of(case: Case, network: Network, secret: Secret) -> Leak:
-    """What the client of one case shares after one backward pass over its private batch."""
+def leak_of(case: Case, network: Network, secret: Secret, device: torch.device = CPU) -> Leak:
+    """What the client of one case shares after one backward pass over its private batch, on ``device``."""
     weights = {name: tensor.detach() for name, tensor in network.named_parameters()}
     state = {name: tensor for name, tensor in network.named_buffers() if name.startswith("body.")}
-    device = secret.images.device
     masks = {name: m.to(device) for name, m in network.draw_masks(_generator(case, "dropout")).items()}
-    labels = F.one_hot(secret.labels[0], case.classes).to(network.mean)
-    private = gradients(network, weights, {**state, **masks}, secret.images[0], labels)
+    images, labels = secret.images[0].to(device), F.one_hot(secret.labels[0], case.classes).to(network.mean)
+    private = gradients(network, weights, {**state, **masks}, images, labels)
     defend = DEFENSES.make(case.defense)
     shared = defend(private, _generator(case, "defense", device))
     declared = {name: tensor for name, tensor in state.items() if name not in masks}
@@ -60,5 +61,5 @@ def _one_case(tensors: Tensors) -> Tensors:
     return {name: tensor[None] for name, tensor in tensors.items()}
 
 
-def _generator(case: Case, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+def _generator(case: Case, purpose: str, device: torch.device = CPU) -> torch.Generator:
     return torch.Generator(device).manual_seed(stream(case, purpose))

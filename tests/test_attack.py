@@ -136,7 +136,7 @@ def test_the_attack_stays_the_same_when_the_secret_changes_after_the_leak() -> N
             secret.labels.zero_()
         attack = trial.attack_on(one, network)
         trial.trainer_on("cpu", None, []).fit(attack, trial.Frozen(leak, one.steps))
-        results.append(attack.finish(leak))
+        results.append(attack.result)
     assert torch.equal(results[0].images, results[1].images)
     assert torch.equal(results[0].labels, results[1].labels)
 
@@ -186,5 +186,5 @@ def test_a_nan_objective_ends_the_trial() -> None:
     )
     trial.trainer_on("cpu", None, [judge, guard]).fit(attack, trial.Frozen(poisoned, one.steps))
     assert guard.verdict == "diverged"
-    assert len(attack.trace) == 1
-    assert torch.equal(attack.finish(poisoned).images, attack.best_images)
+    assert len(attack.trace) == 2  # the start, and the point to which its first step leads
+    assert torch.equal(attack.result.images, attack.best_images)

@@ -309,7 +309,8 @@ def reconstruct(network: Network, leak: Leak) -> Reconstruction:
     for step in range(CASE.steps):
         attack.on_train_batch_start(leak, step)
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return attack.finish(leak)
+    attack.on_train_end()
+    return attack.result
 
 
 def test_the_secret_cannot_be_reached_once_the_leak_is_taken() -> None:

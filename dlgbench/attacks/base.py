@@ -51,6 +51,8 @@ class Attack(pl.LightningModule, ABC):
     """``(case, image, channel, height, width)``, in the units of the network's normalised input."""
     dummy_labels: nn.Parameter
     """Logits, ``(case, image, class)``."""
+    result: Reconstruction
+    """What was found, on the CPU; there is one once the training has ended."""
 
     def __init__(self, network: Network, task: Task) -> None:
         super().__init__()
@@ -88,17 +90,6 @@ class Attack(pl.LightningModule, ABC):
         rows = zip(self.pixels(images), labels, self._rows(leak), strict=True)
         return torch.stack([self.distance(*row) for row in rows])
 
-    def finish(self, leak: Leak) -> Reconstruction:
-        """Evaluate the last iterate too, then return the best of all."""
-        with torch.no_grad():
-            self.keep(self.objectives(self.dummy_images, self.dummy_labels, leak))
-            objective = self.objectives(self.best_images, self.best_labels, leak)
-            images, labels = self.pixels(self.best_images), self.best_labels.softmax(-1)
-            relative = torch.stack(
-                [self._relative(*row) for row in zip(images, labels, self._rows(leak), strict=True)]
-            )
-        return Reconstruction(images, labels, objective, relative)
-
     def on_fit_start(self) -> None:
         self.generators = [_moved(generator, self.device) for generator in self.generators]
         self.best_images, self.best_labels, self.best_objective = (
@@ -106,6 +97,7 @@ class Attack(pl.LightningModule, ABC):
         )
 
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
+        self._leak = batch
         self._at_new_iterate = True
 
     def training_step(self, leak: Leak, step: int) -> Tensor:
@@ -116,6 +108,17 @@ class Attack(pl.LightningModule, ABC):
             self._at_new_iterate = False
             self.keep(objective.detach())
         return objective
+
+    def on_train_end(self) -> None:
+        """Evaluate the last iterate too, and return to the best of all."""
+        leak = self._leak
+        with torch.no_grad():
+            self.keep(self.objectives(self.dummy_images, self.dummy_labels, leak))
+            objective = self.objectives(self.best_images, self.best_labels, leak)
+            images, labels = self.pixels(self.best_images), self.best_labels.softmax(-1)
+            rows = zip(images, labels, self._rows(leak), strict=True)
+            relative = torch.stack([self._relative(*row) for row in rows])
+        self.result = Reconstruction(images.cpu(), labels.cpu(), objective.cpu(), relative.cpu())
 
     def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         torch.autograd.backward(loss.sum(), inputs=[self.dummy_images, self.dummy_labels])
