@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from dlgbench import provenance
-from dlgbench.attacks.base import Attack, Reconstruction, Task
-from dlgbench.callbacks import Guard, Judge, Progress, TensorBoard, to_uint8
+from dlgbench.attacks.base import Attack, Task
+from dlgbench.callbacks import Guard, Judge, Progress, TensorBoard
 from dlgbench.case import Case, stream
 from dlgbench.datasets import Dataset
 from dlgbench.leak import Leak
-from dlgbench.metrics import TIERS, assign, baselines, convergence_step, fidelity, tier
 from dlgbench.prepare import Network
-from dlgbench.records import Record, Status, finite
+from dlgbench.records import Record, Status
 from dlgbench.registry import ATTACKS, Value
+from dlgbench.scoring import finals, pictures, score
 from dlgbench.victims import leak_of, network_of, secret_of
-
-MATCHED = 1e-4
-"""Below this relative squared gradient distance a gradient counts as matched."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +80,14 @@ def _run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record
     meter = provenance.Meter()
     trainer_on(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
     cost = meter.stop(device)
-    record = _record(case, attack, judge, guard.verdict)
+    record = score(case, attack, judge, guard.verdict)
     known = {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
     digest = {"private_images_sha256": provenance.digest(secret.images)}
     record = replace(record, cost=cost, provenance={**provenance.facts(device), **known, **digest})
     if logger:
-        logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in _finals(record).items()})
+        logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in finals(record).items()})
         logger.finalize("success")
-    return record, _pictures(judge, attack.result)
+    return record, pictures(judge, attack.result)
 
 
 def attack_on(case: Case, network: Network) -> Attack:
@@ -101,36 +95,6 @@ def attack_on(case: Case, network: Network) -> Attack:
     generator = torch.Generator().manual_seed(stream(case, "attack"))
     attack: Attack = ATTACKS.make(case.attack, network, Task(*case.shape, case.classes, [generator]))
     return attack
-
-
-def _record(case: Case, attack: Attack, judge: Judge, verdict: Status | None) -> Record:
-    found = attack.result
-    order = assign(found.images[0].clamp(0, 1), judge.images)
-    images: list[dict[str, Any]] = [*fidelity(found.images[0][order], judge.images)]
-    trivial = {name: fidelity(picture, judge.images) for name, picture in baselines(judge.images).items()}
-    labels = found.labels[0].argmax(-1)[order].tolist()
-    for index, (image, label, truth) in enumerate(zip(images, labels, judge.labels.tolist(), strict=True)):
-        bar = max(rows[index]["psnr"] for rows in trivial.values())
-        image |= {"outcome": tier(image, bar, case.resolution), "label": truth, "label_found": label}
-    outcome = min((str(image["outcome"]) for image in images), key=TIERS.index)
-    relative = finite(float(found.relative[0]))
-    trace = [finite(float(objective[0])) for objective in attack.trace]
-    return Record(
-        case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=trivial,
-        objective=finite(float(found.objective[0])), relative=relative, closures=attack.closures,
-        flags=_flags(outcome, relative, verdict, judge.labels.tolist()),
-        history={"objective": trace, **judge.history},
-        convergence_step=None if outcome == "failed" else convergence_step(judge.history["mse"]),
-    )  # fmt: skip
-
-
-def _flags(outcome: str, relative: float | None, verdict: str | None, labels: list[int]) -> tuple[str, ...]:
-    found = {
-        "matched-but-wrong": outcome == "failed" and relative is not None and relative < MATCHED,
-        "diverged": verdict == "diverged",
-        "duplicate-labels": len(set(labels)) < len(labels),
-    }
-    return tuple(name for name, holds in found.items() if holds)
 
 
 def _failure(case: Case, status: Status, error: BaseException) -> Record:
@@ -168,25 +132,3 @@ def _flat(case: Case) -> dict[str, Value]:
         key: str(getattr(case, key)) if isinstance(value, dict) else value
         for key, value in case.plain().items()
     }
-
-
-def _finals(record: Record) -> dict[str, float]:
-    means = {
-        name: [row[name] for row in record.images]
-        for name in ("mse", "psnr", "ssim")
-        if name in record.images[0]
-    }
-    finals: dict[str, float | None] = {name: sum(values) / len(values) for name, values in means.items()}
-    finals |= {"objective": record.objective, "relative": record.relative}
-    return {name: value for name, value in finals.items() if value is not None}
-
-
-def _pictures(judge: Judge, found: Reconstruction) -> bytes:
-    """Arrays of 8-bit pixels ``(frame, image, height, width, channel)``; read without pickle."""
-    order = assign(found.images[0].clamp(0, 1), judge.images)
-    file = io.BytesIO()
-    np.savez_compressed(
-        file, private=to_uint8(judge.images)[None], reconstruction=to_uint8(found.images[0][order])[None],
-        evolution=np.stack(list(judge.frames.values())), steps=np.array(list(judge.frames)),
-    )  # fmt: skip
-    return file.getvalue()
