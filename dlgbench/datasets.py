@@ -20,10 +20,23 @@ from dlgbench.images import PREPARATIONS, SUFFIXES, Files, class_folders, image_
 from dlgbench.registry import DATASETS
 
 __all__ = ["PREPARATIONS", "Dataset", "prepare", "read_image"]
-_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg", "ihc.png",
-           "hubble_deep_field.jpg", "motorcycle_left.png")
-_SAMPLES = {"cifar10": ("cifar10", 10, 3), "cifar100": ("cifar100", 100, 3), "mnist": ("mnist", 10, 1),
-            "fashion_mnist": ("fashionMNIST", 10, 1), "imagenet": ("imagenet", 1000, 3)}
+_PHOTOS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "retina.jpg",
+    "ihc.png",
+    "hubble_deep_field.jpg",
+    "motorcycle_left.png",
+)
+_SAMPLES = {
+    "cifar10": ("cifar10", 10, 3),
+    "cifar100": ("cifar100", 100, 3),
+    "mnist": ("mnist", 10, 1),
+    "fashion_mnist": ("fashionMNIST", 10, 1),
+    "imagenet": ("imagenet", 1000, 3),
+}
 # What torchvision's readers are known to raise on files that are missing, incomplete or damaged.
 _UNREADABLE = (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, UnpicklingError)
 
@@ -87,8 +100,10 @@ def _torchvision(name: str, data_root: Path | None, layout: str, **options: Any)
         return getattr(datasets, name)(root, download=False, **options)
     except _UNREADABLE:
         got = "files that are missing or damaged" if (root / layout).is_dir() else "no such folder"
-        raise UsageError(f"{root / layout}: expected the complete files of torchvision's {name}, got {got}: "
-                         "put them there (they are never downloaded) or correct --data-root") from None
+        raise UsageError(
+            f"{root / layout}: expected the complete files of torchvision's {name}, got {got}: "
+            "put them there (they are never downloaded) or correct --data-root"
+        ) from None
 
 
 @DATASETS.register("photos")
@@ -100,7 +115,8 @@ def photos(data_root: Path | None) -> Dataset:
 
 @DATASETS.register("samples")
 def samples(
-    data_root: Path | None, *,
+    data_root: Path | None,
+    *,
     source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "imagenet"] = "cifar10",
 ) -> Dataset:
     """Twenty labelled images of a well-known dataset from the foolbox wheel (extra: samples)."""
@@ -170,8 +186,10 @@ def imagenet(data_root: Path | None, *, split: Literal["train", "val"] = "val") 
     root = _required(data_root, "ImageNet") / split
     found = class_folders(root)
     if found.classes != 1000:
-        raise UsageError(f"{root}: expected 1000 class folders of images, got {found.classes}: "
-                         "correct --data-root, or read a part of ImageNet as folder:PATH")
+        raise UsageError(
+            f"{root}: expected 1000 class folders of images, got {found.classes}: "
+            "correct --data-root, or read a part of ImageNet as folder:PATH"
+        )
     return found
 
 
@@ -185,6 +203,8 @@ def folder(data_root: Path | None, *, path: str) -> Dataset:
     root = Path(os.path.expanduser(path))
     found = Files(image_files(root, root)) or class_folders(root)
     if not found:
-        raise UsageError(f"{root}: expected images or class folders of images, got none: "
-                         f"put files there that end in one of {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"{root}: expected images or class folders of images, got none: "
+            f"put files there that end in one of {', '.join(SUFFIXES)}"
+        )
     return found

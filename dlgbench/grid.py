@@ -45,8 +45,12 @@ def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: 
         DEFENSES.make(defense)  # factories check what names and types cannot tell
     for case in cases:
         why_not(case, data)
-    needed = [(case.dataset, i) for case in cases for i in victims.indices(case, data(case.dataset))]
-    for dataset, index in dict.fromkeys(needed):
+    for dataset, index in dict.fromkeys((case.dataset, i) for case in cases for i in victims.indices(case)):
+        if index >= len(data(dataset)):
+            raise UsageError(
+                f"dataset {dataset}: expected at least {index + 1} images, got {len(data(dataset))}; "
+                "ask for fewer images or a smaller batch"
+            )
         data(dataset).image(index)  # raises what is wrong with the file
     return Manifest(plan.name, plan.title, profile, cases)
 

@@ -183,9 +183,11 @@ def mse_all(groups: Sequence[Group]) -> Figure:
 
 def evolution(group: Group, record: Record, arrays: Sequence[Array]) -> Figure:
     """The frames of one trial, its reconstruction and the private image; a row per image of the batch."""
-    about = (f"The least relative gradient distance, {record.relative:.0e}, of {len(group.trials)} in all: "
-             "chosen by objective, never by error to the private image.\nImage "
-             f"{record.case.image}, seed {record.case.seed}; its reconstruction is chosen in the same way.")
+    about = (
+        f"The least relative gradient distance, {record.relative:.0e}, of {len(group.trials)} in all: "
+        "chosen by objective, never by error to the private image.\nImage "
+        f"{record.case.image}, seed {record.case.seed}; its reconstruction is chosen in the same way."
+    )
     columns, rows = [*arrays[2], arrays[1][0], arrays[0][0]], min(record.case.batch, MOST_ROWS)
     heads = [*(f"step {step}" for step in arrays[3]), "reconstruction", "private"]
     side = min(240, (WIDTH - 2 * MARGIN - GAP) // len(columns) - GAP)

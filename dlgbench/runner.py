@@ -32,7 +32,7 @@ class Limits:
     force: bool = False
     retry_failed: bool = False
     seconds: float = float("inf")
-    """For the whole run; a trial that this cuts short leaves no record and is repeated next time."""
+    """For the whole run."""
 
 
 @dataclass
@@ -40,7 +40,6 @@ class Summary:
     """How a run ended."""
 
     computed: list[Record] = field(default_factory=list)
-    cached: int = 0
     out_of_time: bool = False
 
 
@@ -55,13 +54,13 @@ def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> 
 
 
 def run(
-    cases: Sequence[Case], store: Store, data: Data, setup: Setup, limits: Limits, watch: Watch
+    todo: Sequence[Case], store: Store, data: Data, setup: Setup, seconds: float, watch: Watch
 ) -> Summary:
-    """Run what is pending, one trial after the other, saving each as it ends."""
-    found, _ = store.load(cases)
-    todo = pending(cases, found, limits)
-    summary = Summary(cached=len(cases) - len(todo))
-    deadline = time.monotonic() + limits.seconds
+    """Run the cases one after the other, saving each as it ends, for ``seconds`` at most.
+
+    A trial that the end of this time cuts short leaves no record: it is repeated by the next run.
+    """
+    summary, deadline = Summary(), time.monotonic() + seconds
     for case in todo:
         left = deadline - time.monotonic()
         watch.begin(case)

@@ -37,15 +37,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
     store.prepare()
     for one in manifests:
         one.save(store.plans)
-    for path, fault in store.load(cases)[1].items():
+    found, damaged = store.load(cases)
+    for path, fault in damaged.items():
         console.print(Text(f"{path}: damaged record, computed anew ({fault})", style="yellow"))
-    found, _ = store.load(cases)
-    todo = len(runner.pending(cases, found, limits))
-    watch = display(console, todo)
+    todo = runner.pending(cases, found, limits)
+    watch = display(console, len(todo))
     setup = Setup(options.accelerator, options.trial_timeout * 60, store.tensorboard)
     with watch.live():
-        summary = runner.run(cases, store, data, setup, limits, watch)
-    return _report(options, console, store, manifests, summary)
+        summary = runner.run(todo, store, data, setup, limits.seconds, watch)
+    return _report(options, console, store, manifests, summary, len(cases) - len(todo))
 
 
 def _manifests(options: argparse.Namespace, data: Data) -> list[Manifest]:
@@ -129,6 +129,7 @@ def _report(
     store: Store,
     manifests: Sequence[Manifest],
     summary: Summary,
+    cached: int,
 ) -> int:
     for one in manifests:
         if summary.computed or not list((store.root / "tables").glob(f"{one.name}.*")):
@@ -137,7 +138,7 @@ def _report(
         views.print_table(console, store, one, "json" if options.json else "rich")
     broken = sum(record.broken for record in summary.computed)
     console.print(
-        f"{len(summary.computed)} trials computed ({broken} broke), {summary.cached} were there; tables, "
+        f"{len(summary.computed)} trials computed ({broken} broke), {cached} were there; tables, "
         f"plots and records are in {store.root}; curves: tensorboard --logdir {store.tensorboard} "
         "--samples_per_plugin images=200",
         highlight=False,

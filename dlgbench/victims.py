@@ -25,22 +25,19 @@ def network_of(case: Case) -> Network:
     return networks.build(case.network, case.shape, case.classes, stream(case, "weights"), dtype)
 
 
-def indices(case: Case, dataset: Dataset) -> list[int]:
-    """Which images of the dataset the case takes: batch after batch, from the start again at the end."""
-    return [(case.image * case.batch + i) % len(dataset) for i in range(case.batch)]
+def indices(case: Case) -> list[int]:
+    """Which images of the dataset the case takes: batch after batch."""
+    return list(range(case.image * case.batch, (case.image + 1) * case.batch))
 
 
 def secret_of(case: Case, dataset: Dataset) -> Secret:
     """The private batch of one case; images that carry no class get one drawn from the case's seed."""
     images = [
         datasets.prepare(dataset.image(i), case.resolution, case.preparation, case.channels)
-        for i in indices(case, dataset)
+        for i in indices(case)
     ]
     drawn = torch.randint(case.classes, (case.batch,), generator=_generator(case, "labels")).tolist()
-    labels = [
-        d if (k := dataset.label(i)) is None else k
-        for i, d in zip(indices(case, dataset), drawn, strict=True)
-    ]
+    labels = [d if (k := dataset.label(i)) is None else k for i, d in zip(indices(case), drawn, strict=True)]
     return Secret(torch.stack(images).to(getattr(torch, case.dtype))[None], torch.tensor(labels)[None])
 
 

@@ -215,6 +215,7 @@ WRONG = {
     ),
     "two devices": (["run", "all", "--devices", "2"], "would average the gradients"),
     "no data root": (["run", "all", "--set", "dataset=cifar10"], "--data-root"),
+    "too many images": (["run", "all", "--images", "99"], "expected at least 9 images, got 8"),
     "bad preparation": (["run", "all", "--set", "preparation=corp"], "did you mean 'crop'?"),
     "no folder": (["run", "all", "--set", "dataset=folder:/no/such/folder"], "/no/such/folder"),
     "bad init": (

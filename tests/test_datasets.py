@@ -30,8 +30,10 @@ from dlgbench.registry import DATASETS
 
 pytestmark = pytest.mark.filterwarnings("error")
 PHOTOS = range(8)
-QUADRANTS = np.kron(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [200, 200, 0]]], np.uint8),
-                    np.ones((16, 24, 1), np.uint8))  # no two of its eight orientations are alike
+QUADRANTS = np.kron(
+    np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [200, 200, 0]]], np.uint8),
+    np.ones((16, 24, 1), np.uint8),
+)  # no two of its eight orientations are alike
 
 
 def make(spec: str, data_root: Path | None = None) -> Dataset:
@@ -114,23 +116,30 @@ def test_an_unknown_preparation_names_the_nearest() -> None:
 
 
 def test_reading_needs_neither_torch_nor_the_packages_that_carry_the_images() -> None:
-    code = ("import sys; from dlgbench.datasets import photos, samples\n"
-            "photos(None).image(0); samples(None).image(0)\n"
-            "assert not {'torch', 'skimage', 'foolbox'} & set(sys.modules)")
+    code = (
+        "import sys; from dlgbench.datasets import photos, samples\n"
+        "photos(None).image(0); samples(None).image(0)\n"
+        "assert not {'torch', 'skimage', 'foolbox'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 # Samples
 
 
-@pytest.mark.parametrize(("source", "classes", "channels", "first", "last"), [
-    ("cifar10", 10, 3, [3, 8, 8, 0, 6, 6, 1, 6, 3, 1], 6),  # the first labels of the published test sets
-    ("mnist", 10, 1, [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], 4),
-    ("fashion_mnist", 10, 1, [9, 2, 1, 1, 6, 1, 4, 6, 5, 7], 0),
-    ("cifar100", 100, 3, [49, 33, 72, 51, 71, 92, 15, 14, 23, 0], 53), ("imagenet", 1000, 3, [243], 305),
-])
-def test_samples_have_their_labels(source: str, classes: int, channels: int, first: list[int],
-                                   last: int) -> None:
+@pytest.mark.parametrize(
+    ("source", "classes", "channels", "first", "last"),
+    [
+        ("cifar10", 10, 3, [3, 8, 8, 0, 6, 6, 1, 6, 3, 1], 6),  # the first labels of the published test sets
+        ("mnist", 10, 1, [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], 4),
+        ("fashion_mnist", 10, 1, [9, 2, 1, 1, 6, 1, 4, 6, 5, 7], 0),
+        ("cifar100", 100, 3, [49, 33, 72, 51, 71, 92, 15, 14, 23, 0], 53),
+        ("imagenet", 1000, 3, [243], 305),
+    ],
+)
+def test_samples_have_their_labels(
+    source: str, classes: int, channels: int, first: list[int], last: int
+) -> None:
     samples = make(f"samples:source={source}")
     assert (len(samples), samples.classes, samples.channels) == (20, classes, channels)
     assert [samples.label(index) for index in range(len(first))] == first
@@ -161,15 +170,31 @@ def test_sixteen_bit_grey_is_scaled(tmp_path: Path, suffix: str) -> None:
     assert np.abs(np.asarray(image) / 255 - values / 65535).max() <= 0.51 / 255
 
 
-@pytest.mark.parametrize(("suffix", "options", "tolerance"), [
-    ("png", {}, 0), ("tif", {}, 0), ("webp", {"lossless": True}, 0),
-    ("jpg", {"quality": 100, "subsampling": 0}, 4)])
-@pytest.mark.parametrize(("orientation", "stored"), [
-    (1, QUADRANTS), (2, QUADRANTS[:, ::-1]), (3, QUADRANTS[::-1, ::-1]), (4, QUADRANTS[::-1]),
-    (5, QUADRANTS.swapaxes(0, 1)), (6, QUADRANTS[:, ::-1].swapaxes(0, 1)),
-    (7, QUADRANTS[::-1, ::-1].swapaxes(0, 1)), (8, QUADRANTS[::-1].swapaxes(0, 1))])
-def test_exif_orientations_decode_to_one_picture(tmp_path: Path, suffix: str, options: dict[str, Any],
-                                                 tolerance: int, orientation: int, stored: Any) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "options", "tolerance"),
+    [
+        ("png", {}, 0),
+        ("tif", {}, 0),
+        ("webp", {"lossless": True}, 0),
+        ("jpg", {"quality": 100, "subsampling": 0}, 4),
+    ],
+)
+@pytest.mark.parametrize(
+    ("orientation", "stored"),
+    [
+        (1, QUADRANTS),
+        (2, QUADRANTS[:, ::-1]),
+        (3, QUADRANTS[::-1, ::-1]),
+        (4, QUADRANTS[::-1]),
+        (5, QUADRANTS.swapaxes(0, 1)),
+        (6, QUADRANTS[:, ::-1].swapaxes(0, 1)),
+        (7, QUADRANTS[::-1, ::-1].swapaxes(0, 1)),
+        (8, QUADRANTS[::-1].swapaxes(0, 1)),
+    ],
+)
+def test_exif_orientations_decode_to_one_picture(
+    tmp_path: Path, suffix: str, options: dict[str, Any], tolerance: int, orientation: int, stored: Any
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored))
@@ -193,13 +218,22 @@ def test_a_transparent_palette_lies_over_white(tmp_path: Path) -> None:
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
 
 
-@pytest.mark.parametrize(("source", "pixel", "seen"), [
-    (("LA", (100, 255)), "L", 100), (("LA", (0, 0)), "L", 255), (("LA", (0, 102)), "L", 153),
-    (("RGBA", (0, 255, 0, 0)), "RGB", (255, 255, 255)), (("RGBA", (0, 255, 0, 255)), "RGB", (0, 255, 0)),
-    (("1", 1), "L", 255), (("1", 0), "L", 0), (("P", 0), "RGB", (0, 0, 0)),
-])
-def test_every_mode_becomes_grey_or_colour(tmp_path: Path, source: tuple[str, Any], pixel: str,
-                                           seen: Any) -> None:
+@pytest.mark.parametrize(
+    ("source", "pixel", "seen"),
+    [
+        (("LA", (100, 255)), "L", 100),
+        (("LA", (0, 0)), "L", 255),
+        (("LA", (0, 102)), "L", 153),
+        (("RGBA", (0, 255, 0, 0)), "RGB", (255, 255, 255)),
+        (("RGBA", (0, 255, 0, 255)), "RGB", (0, 255, 0)),
+        (("1", 1), "L", 255),
+        (("1", 0), "L", 0),
+        (("P", 0), "RGB", (0, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_grey_or_colour(
+    tmp_path: Path, source: tuple[str, Any], pixel: str, seen: Any
+) -> None:
     image = read_image(saved(Image.new(source[0], (4, 4), source[1]), tmp_path / "a.png"))
     assert (image.mode, image.getpixel((1, 1))) == (pixel, seen)
 
@@ -215,10 +249,16 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None
 # Files that are refused
 
 
-@pytest.mark.parametrize(("name", "content", "word"), [
-    ("empty.png", b"", "empty"), ("text.png", b"not an image", "no such format"),
-    ("cut.png", encoded("PNG")[:-30], "cannot be read"), ("cut.jpg", encoded("JPEG")[:-30], "cannot be read"),
-    ("script.eps", encoded("EPS"), "no such format")])
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("empty.png", b"", "empty"),
+        ("text.png", b"not an image", "no such format"),
+        ("cut.png", encoded("PNG")[:-30], "cannot be read"),
+        ("cut.jpg", encoded("JPEG")[:-30], "cannot be read"),
+        ("script.eps", encoded("EPS"), "no such format"),
+    ],
+)
 def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, name: str, content: bytes, word: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
@@ -231,9 +271,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     refusal(lambda: read_image(tmp_path / ("n" * 999)), "too long")
 
 
-@pytest.mark.parametrize(("values", "word"), [
-    (np.full((4, 4), 0.5, np.float32), "floating-point"), (np.full((4, 4), 70_000, np.int32), "32-bit"),
-    (np.full((4, 4), -1, np.int32), "32-bit")])
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        (np.full((4, 4), 0.5, np.float32), "floating-point"),
+        (np.full((4, 4), 70_000, np.int32), "32-bit"),
+        (np.full((4, 4), -1, np.int32), "32-bit"),
+    ],
+)
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: Any, word: str) -> None:
     file = saved(Image.fromarray(values), tmp_path / "a.tif")
     refusal(lambda: read_image(file), "a.tif", word, "save it")
@@ -241,8 +286,9 @@ def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: Any, word: 
 
 @pytest.mark.parametrize("pillows_limit", [None, Image.MAX_IMAGE_PIXELS, 10**12])
 @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1, 12_000, 100_000])
-def test_a_bomb_is_refused_by_our_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int,
-                                        pillows_limit: int | None) -> None:
+def test_a_bomb_is_refused_by_our_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, pillows_limit: int | None
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)
     file = tmp_path / "bomb.png"
     file.write_bytes(png_header(side, side) + encoded("PNG")[33:])
@@ -255,8 +301,18 @@ def decodes_or_refuses(file: Path, content: bytes) -> None:
         assert read_image(file).mode in ("L", "RGB")
 
 
-MAGICS = st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"P5 3 3 255 ",
-                          b"RIFF\x40\0\0\0WEBP", png_header(7, 5)])
+MAGICS = st.sampled_from(
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        b"BM",
+        b"P5 3 3 255 ",
+        b"RIFF\x40\0\0\0WEBP",
+        png_header(7, 5),
+    ]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -267,8 +323,9 @@ def test_random_bytes(tmp_path_factory: pytest.TempPathFactory, magic: bytes, co
 
 @settings(max_examples=200, deadline=None)
 @given(format=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM"]), data=st.data())
-def test_truncations_and_flipped_bytes(tmp_path_factory: pytest.TempPathFactory, format: str,
-                                       data: st.DataObject) -> None:
+def test_truncations_and_flipped_bytes(
+    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
+) -> None:
     content = bytearray(encoded(format))
     places = st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255))
     for place, value in data.draw(st.lists(places, max_size=4)):

@@ -28,8 +28,16 @@ SIDE = 16
 Pixels = npt.NDArray[np.uint8]
 
 
-def record(network: str = "lenet_dlg", *, seed: int = 0, mse: list[float | None] | None = None,
-           dataset: Spec | None = None, batch: int = 1, channels: int = 3, **values: Any) -> Record:
+def record(
+    network: str = "lenet_dlg",
+    *,
+    seed: int = 0,
+    mse: list[float | None] | None = None,
+    dataset: Spec | None = None,
+    batch: int = 1,
+    channels: int = 3,
+    **values: Any,
+) -> Record:
     """A trial of three iterates, exact in the end."""
     trace = [0.3, 0.1, 1e-5] if mse is None else mse
     case = Case(
@@ -279,8 +287,9 @@ def test_damaged_pictures_are_passed_over(build: Callable[[Record], bytes], tmp_
 @given(st.binary(max_size=40), st.integers(0, 127))
 @settings(deadline=None)
 @pytest.mark.filterwarnings("ignore:Reading `.npy`:UserWarning")  # `draw` ignores it, too
-def test_any_header_is_read_or_passed_over(tmp_path_factory: pytest.TempPathFactory, noise: bytes,
-                                           at: int) -> None:
+def test_any_header_is_read_or_passed_over(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int
+) -> None:
     trial, folder = record(), tmp_path_factory.mktemp("noise")
     with zipfile.ZipFile(folder / f"{trial.case.id}.npz", "w") as archive:
         for name, part in arrays(trial).items():
