@@ -1,0 +1,60 @@
+"""What is published: every number in the README and in results/ follows from the records beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dlgbench import leaderboard, records, render
+from dlgbench.records import Manifest
+from dlgbench.store import Store
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Store(ROOT / "results")
+MANIFESTS = records.manifests(RESULTS.plans)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    """What stands in the README between the marks of ``name``."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert found, f"the README has no block {name!r}"
+    return found[1]
+
+
+def test_every_published_record_is_sound_and_belongs_to_a_plan() -> None:
+    sound, damaged = records.load_all(RESULTS.records)
+    assert not damaged
+    assert set(sound) == {i for manifest in MANIFESTS for i in manifest.ids}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: manifest.name)
+def test_published_tables_are_the_records_tables_byte_for_byte(manifest: Manifest) -> None:
+    found, _ = RESULTS.load(manifest.cases)
+    rows = leaderboard.table(manifest, found)
+    assert not any(row.partial for row in rows)
+    for suffix, rendered in render.FORMATS.items():
+        text = (RESULTS.root / "tables" / f"{manifest.name}.{suffix}").read_bytes()
+        assert text == rendered(f"{manifest.title} ({manifest.profile} profile)", rows).encode()
+
+
+def test_the_table_in_the_readme_is_the_published_one() -> None:
+    (standard,) = [m for m in MANIFESTS if m.plan == "architectures" and m.profile == "standard"]
+    table = (RESULTS.root / "tables" / f"{standard.name}.md").read_text(encoding="utf-8")
+    assert block("table").strip() == table.strip()
+
+
+def test_the_readme_is_short_and_its_pictures_exist() -> None:
+    assert len(README.splitlines()) <= 150
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_the_readme_holds_its_two_commands() -> None:
+    for name, end in (("run", "dlgbench run all"), ("tests", "python -m pytest")):
+        (command,) = [line for line in block(name).splitlines() if line and not line.startswith("```")]
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
+        assert command.endswith(end)
