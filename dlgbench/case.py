@@ -40,6 +40,8 @@ class Case:
     dtype: DType
     image: int
     seed: int
+    data: str = ""
+    """A digest of the private images as decoded, so that other images are another case."""
 
     def __post_init__(self) -> None:
         for name, least in [(n, 1) for n in _POSITIVE] + [(n, 0) for n in _NATURAL]:
@@ -76,7 +78,13 @@ class Case:
             values[room] = Spec(options.pop("name"), tuple(sorted(options.items())))
         case = cls(**values)
         for field in fields(case):
-            wanted = Spec if field.name in ROOMS else str if field.name in ("preparation", "dtype") else int
+            wanted = (
+                Spec
+                if field.name in ROOMS
+                else str
+                if field.name in ("preparation", "dtype", "data")
+                else int
+            )
             if type(getattr(case, field.name)) is not wanted:
                 raise TypeError(f"{field.name}: expected {wanted.__name__}")
         return case

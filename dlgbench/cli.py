@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -16,8 +17,17 @@ from rich.console import Console
 
 from dlgbench import __version__, exits
 from dlgbench.errors import EnvironmentBroken, UsageError
+from dlgbench.text import printable
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOBAL_RANK", "NODE_RANK")
+
+
+class Terminal(Console):
+    """A console that falls silent when its reader has gone, so that a run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Stopped(BaseException):
@@ -48,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exits.OK
+    except OSError as error:  # such as a full disk; what is saved is whole
+        return _complain(f"{error}; mend it, and the same command goes on", exits.BROKEN)
     return code
 
 
@@ -114,14 +126,14 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     add("--limit", type=_positive, metavar="N", help="only the first N cases; their rows are partial")
     add(
         "--time-limit",
-        type=float,
+        type=_minutes,
         default=float("inf"),
         metavar="MINUTES",
         help="stop the run after this time",
     )
     add(
         "--trial-timeout",
-        type=float,
+        type=_minutes,
         default=float("inf"),
         metavar="MINUTES",
         help="give up on a trial after this",
@@ -165,8 +177,7 @@ def tables(options: argparse.Namespace) -> int:
             f"expected runs in {options.out}, got none{' of these plans' if options.plans else ''}; "
             "start one with `dlgbench run all` or name another directory with --out"
         )
-    for manifest in wanted:
-        views.print_table(_console(options), store, manifest, "json" if options.json else options.format)
+    views.print_tables(_console(options), store, wanted, "json" if options.json else options.format)
     return exits.OK
 
 
@@ -210,6 +221,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text!r}")
+    return minutes
+
+
 def _quiet() -> None:
     """Before Lightning is imported: no launcher's variables, and none of its own deprecations."""
     for name in [n for n in os.environ if n in LAUNCHER_VARIABLES or n.startswith("SLURM_")]:
@@ -219,12 +240,12 @@ def _quiet() -> None:
 
 def _console(options: argparse.Namespace) -> Console:
     """Where people read; with --json that is standard error, since standard output is for programs."""
-    return Console(stderr=options.json)
+    return Terminal(stderr=options.json)
 
 
 def _complain(message: str, code: int) -> int:
     Console(stderr=True).print(
-        message, style="red" if code else "yellow", markup=False, highlight=False, soft_wrap=True
+        printable(message), style="red" if code else "yellow", markup=False, highlight=False, soft_wrap=True
     )
     return code
 

@@ -35,7 +35,12 @@ def _rate(row: Row) -> str:
 
 
 def _trouble(row: Row) -> str:
-    parts = {"diverged": row.diverged, "matched but wrong": row.mismatched, "broken": row.broken}
+    parts = {
+        "diverged": row.diverged,
+        "matched but wrong": row.mismatched,
+        "stalled": row.stalled,
+        "broken": row.broken,
+    }
     told = [f"{count} {name}" for name, count in parts.items() if count]
     partial = [f"partial: {row.trials} of {row.planned}"] if row.partial else []
     return ", ".join(partial + told) or row.reason
@@ -56,6 +61,10 @@ COLUMNS = (
            lambda row: str(row.exact) if row.attack else "–"),
     Column("PSNR", "dB, median over all trials, failures the worst", 0, lambda row: _number(row.psnr, ".1f")),
     Column("SSIM", "median over all trials, failures the worst", 3, lambda row: _number(row.ssim, ".3f")),
+    Column("corr¼", "correlation with the private image at a quarter of the resolution, median", 2,
+           lambda row: _number(row.pearson_quarter, ".2f")),
+    Column("PSNR ax+b", "dB after the best affine map of pixel values, median", 5,
+           lambda row: _number(row.psnr_affine, ".1f")),
     Column("labels", "share of images whose label is right", 4,
            lambda row: _number(row.label_accuracy, ".0%")),
     Column("conv.", "median step from which the MSE stays within twice its last value, if not failed", 4,
@@ -63,11 +72,14 @@ COLUMNS = (
     Column("|Δg|²/|g|²", "relative squared gradient distance, median", 5,
            lambda row: _number(row.relative, ".0e")),
     Column("closures", "evaluations of the objective, median", 6,
-           lambda row: _number(row.closures or None, ".0f")),
-    Column("s", "seconds a trial, median", 6, lambda row: _number(row.seconds or None, ".0f")),
+           lambda row: _number(row.closures, ".0f")),
+    Column("s", "seconds a trial, median", 6, lambda row: _number(row.seconds, ".0f")),
+    Column("MB", "peak memory that a trial added, median", 6,
+           lambda row: _number(row.peak_memory_bytes and row.peak_memory_bytes / 1e6, ".0f")),
+    Column("dtype", "of images, weights and gradients", 0, lambda row: row.dtype, True),
     Column("failures", "what went wrong; all of it counts in the denominators", 1, _trouble, True, 18),
 )  # fmt: skip
-_HOISTED = ("attack", "defense", "data")
+_HOISTED = ("attack", "defense", "data", "dtype")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dlgbench.registry import DEFENSES
 
 
 class Defense(Protocol):
-    """A pure function of gradients by parameter name; all randomness comes from ``generator``."""
+    """A pure function of gradients by parameter name; all randomness comes from ``generator``, a CPU one."""
 
     def __call__(self, gradients: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]: ...
 
@@ -34,7 +34,7 @@ class GaussianNoise:
     std: float = 0.01
 
     def __call__(self, gradients: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        return {
-            name: g + self.std * torch.randn(g.shape, generator=generator, dtype=g.dtype, device=g.device)
-            for name, g in gradients.items()
-        }
+        def noise(like: Tensor) -> Tensor:  # drawn on the CPU: every device then meets the same noise
+            return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+        return {name: gradient + self.std * noise(gradient) for name, gradient in gradients.items()}

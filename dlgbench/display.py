@@ -13,7 +13,7 @@ from rich.text import Text
 from dlgbench.case import Case
 from dlgbench.records import Record
 from dlgbench.registry import ATTACKS, NETWORKS
-from dlgbench.render import printable
+from dlgbench.text import printable
 
 COLOURS = {"exact": "green", "recognisable": "green", "partial": "yellow", "failed": "red"}
 
@@ -71,6 +71,7 @@ class Bars(Lines):
         self.progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(), console=console,
+            speed_estimate_period=1800,  # seconds: a step of a deep network takes most of a minute
         )  # fmt: skip
         self.grid = self.progress.add_task("all trials", total=total, note="")
         self.trials: dict[str, TaskID] = {}

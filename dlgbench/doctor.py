@@ -18,11 +18,13 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-NEEDED = "torch>=2.11 torchvision>=0.26 torchmetrics pytorch-lightning>=2.6.4 tensorboard rich scikit-image"
 IMPORTED = ("torch", "torchvision", "torchmetrics", "pytorch-lightning")
 MALICIOUS = ("pytorch-lightning 2.6.2", "pytorch-lightning 2.6.3")  # never to be imported
 PAIR = "pip install --upgrade --force-reinstall torch torchvision"  # either alone may not fit the other
-MENDS = {"python": "install Python 3.11 or newer", "torch": PAIR, "torchvision": PAIR}
+CHECKOUT = "pip install . in the folder of setup.cfg, which declares what else is needed"
+MENDS = {
+    "python": "install Python 3.11 or newer", "dlgbench": CHECKOUT, "torch": PAIR, "torchvision": PAIR
+}  # fmt: skip
 DRIVER = "check CUDA_VISIBLE_DEVICES, the driver and the torch build: https://pytorch.org/get-started/locally"
 PATIENCE = 120.0  # seconds: a cold import from a network disk can take most of a minute
 MARK = "dlgbench-doctor "  # tells the child's findings from what an import prints
@@ -40,8 +42,9 @@ class Finding:
 
 def examine(out: Path) -> list[Finding]:
     """All that a run with records in ``out`` rests on; takes as long as importing torch, at most PATIENCE."""
-    packages = [_package(Requirement(text)) for text in ("python>=3.11", *NEEDED.split())]
-    sound = [found.check for found in packages if found.level == "ok" and found.check in IMPORTED]
+    packages = [_package(needed) for needed in _needed()]
+    fit = {found.check for found in packages if found.level == "ok"}
+    sound = [name for name in IMPORTED if name in fit]
     return [*packages, *(_ask_child(sound) if "torch" in sound else []), _photos(), _output(out), _launcher()]
 
 
@@ -55,6 +58,13 @@ def _version(name: str) -> str:
         return "{}.{}.{}".format(*sys.version_info) if name == "python" else metadata.version(name) or ""
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _needed() -> list[Requirement]:
+    """Python, dlgbench itself and all that its installation declares, less what only extras ask for."""
+    declared = metadata.requires("dlgbench") or () if _version("dlgbench") else ()
+    needed = [Requirement(text) for text in ("python>=3.11", "dlgbench", *declared)]
+    return [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
 def _package(needed: Requirement) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dlgbench import networks, victims
 from dlgbench.case import Case
 from dlgbench.datasets import PREPARATIONS, Dataset
 from dlgbench.errors import Unsuitable, UsageError, unknown
+from dlgbench.images import digest
 from dlgbench.plan import Plan
 from dlgbench.records import Manifest
 from dlgbench.registry import DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
@@ -20,16 +22,30 @@ LARGEST_STEP = 25
 
 
 class Data:
-    """The datasets of a run, each opened once."""
+    """The datasets of a run, each opened once, and digests of their images."""
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
         self._open: dict[Spec, Dataset] = {}
+        self._digests: dict[tuple[Spec, int], str] = {}
 
     def __call__(self, spec: Spec) -> Dataset:
         if spec not in self._open:
             self._open[spec] = DATASETS.make(spec, self.root)
         return self._open[spec]
+
+    def digest(self, spec: Spec, indices: range) -> str:
+        """A digest of these images; raises UsageError where one is missing or cannot be read."""
+        dataset = self(spec)
+        if indices.stop > len(dataset):
+            raise UsageError(
+                f"dataset {spec}: expected at least {indices.stop} images, got {len(dataset)}; "
+                "ask for fewer images or a smaller batch"
+            )
+        for index in indices:
+            if (spec, index) not in self._digests:
+                self._digests[spec, index] = digest(dataset.image(index))
+        return "-".join(self._digests[spec, index] for index in indices)
 
 
 def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Manifest:
@@ -45,18 +61,13 @@ def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: 
         DEFENSES.make(defense)  # factories check what names and types cannot tell
     for case in cases:
         why_not(case, data)
-    for dataset, index in dict.fromkeys((case.dataset, i) for case in cases for i in victims.indices(case)):
-        if index >= len(data(dataset)):
-            raise UsageError(
-                f"dataset {dataset}: expected at least {index + 1} images, got {len(data(dataset))}; "
-                "ask for fewer images or a smaller batch"
-            )
-        data(dataset).image(index)  # raises what is wrong with the file
     return Manifest(plan.name, plan.title, profile, cases)
 
 
 def why_not(case: Case, data: Data) -> str | None:
     """Why this case cannot be run, or None."""
+    if case.classes < 2:
+        return "with one class the loss is always 0, and so is the gradient"
     known = data(case.dataset).classes
     if known is not None and known > case.classes:
         return f"{case.dataset} has {known} classes, more than the network's {case.classes}"
@@ -114,7 +125,7 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
     preparation = row["preparation"] or facts["preparation"]
     if preparation not in PREPARATIONS:
         raise unknown("preparation", preparation, PREPARATIONS)
-    return Case(
+    case = Case(
         **specs,
         batch=_number(row, "batch") or facts["batch"],
         resolution=_number(row, "resolution") or facts["resolution"],
@@ -123,6 +134,7 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
         classes=_number(row, "classes") or dataset.classes or facts["classes"],
         **{name: row[name] for name in ("steps", "dtype", "image", "seed")},
     )
+    return replace(case, data=data.digest(case.dataset, victims.indices(case)))
 
 
 def _spec(plan: Plan, kind: str, text: str) -> Spec:
@@ -135,7 +147,7 @@ def _spec(plan: Plan, kind: str, text: str) -> Spec:
 
 def _number(row: Mapping[str, Any], key: str) -> int:
     try:
-        return int(row[key])
+        return int(str(row[key]))
     except ValueError:
         raise UsageError(f"{key}: expected a whole number, got {row[key]!r}") from None
 
@@ -143,7 +155,7 @@ def _number(row: Mapping[str, Any], key: str) -> int:
 @cache
 def _refusal(network: Spec, shape: tuple[int, int, int, int], classes: int) -> str | None:
     try:
-        networks.build(network, shape, classes, seed=0)
+        networks.check(network, shape, classes)
     except Unsuitable as reason:
         return str(reason)
     return None

@@ -12,9 +12,15 @@ from typing import Any
 from dlgbench.case import Case
 from dlgbench.records import Manifest, Record
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.text import printable
 
+PER_TRIAL = ("image", "seed", "data")
+"""The fields of a case in which the trials of one row differ."""
 RECOVERED = ("recognisable", "exact")
-WORST = {"psnr": -math.inf, "ssim": -math.inf, "mse": math.inf}
+WORST = {
+    "psnr": -math.inf, "ssim": -math.inf, "mse": math.inf, "pearson_quarter": -math.inf,
+    "psnr_affine": -math.inf,
+}  # fmt: skip
 """The metrics of a row, and what a trial without a result has."""
 Z95 = 1.959963984540054
 Key = tuple[Any, ...]
@@ -45,14 +51,18 @@ class Row:
     psnr: float | None = None
     ssim: float | None = None
     mse: float | None = None
+    pearson_quarter: float | None = None
+    psnr_affine: float | None = None
     label_accuracy: float | None = None
     convergence_step: float | None = None
     relative: float | None = None
     diverged: int = 0
     broken: int = 0
     mismatched: int = 0
-    closures: float = 0.0
-    seconds: float = 0.0
+    stalled: int = 0
+    closures: float | None = None
+    seconds: float | None = None
+    peak_memory_bytes: float | None = None
     reason: str = ""
     """Why all trials were skipped."""
 
@@ -87,25 +97,28 @@ def rows(records: Iterable[Record], planned: Mapping[Key, int] | None = None) ->
 def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Row]:
     """The rows of one plan as it was run; a configuration with missing trials is partial."""
     planned = Counter(key(case) for case in manifest.cases)
-    return rows([records[i] for i in manifest.ids if i in records], planned)
+    found = [records[case.id] for case in manifest.cases if case.id in records]
+    begun = {key(record.case) for record in found}
+    absent = {key(case): case for case in manifest.cases if key(case) not in begun}
+    return rows(found, planned) + [Row(**_described(case), planned=planned[k]) for k, case in absent.items()]
 
 
 def key(case: Case) -> Key:
     """What the trials of one row have in common: all but image and seed."""
-    return tuple(str(getattr(case, item.name)) for item in fields(case) if item.name not in ("image", "seed"))
+    return tuple(str(getattr(case, item.name)) for item in fields(case) if item.name not in PER_TRIAL)
 
 
 def _row(group: Sequence[Record], planned: int) -> Row:
     case, ran = group[0].case, [record for record in group if record.status != "skipped"]
-    recovered = sum(record.outcome in RECOVERED for record in ran)
+    whole = [record for record in ran if not record.broken]
+    recovered = sum(record.outcome in RECOVERED for record in whole)
     right = sum(image["label"] == image["label_found"] for record in ran for image in record.images)
     medians: dict[str, Any] = {metric: _median(ran, metric, worst) for metric, worst in WORST.items()}
     steps = [record.convergence_step for record in ran if record.convergence_step is not None]
     return Row(
-        **_input(case), attack=ATTACKS.brief(case.attack), defense=DEFENSES.brief(case.defense),
-        name=NETWORKS.brief(case.network), steps=case.steps, dtype=case.dtype,
-        trials=len(group), planned=planned, recovered=recovered, interval=wilson(recovered, len(ran)),
-        exact=sum(record.outcome == "exact" for record in ran),
+        **_described(case), trials=len(group), planned=planned,
+        recovered=recovered, interval=wilson(recovered, len(ran)),
+        exact=sum(record.outcome == "exact" for record in whole),
         **medians,
         label_accuracy=right / (case.batch * len(ran)) if ran else None,
         convergence_step=median(steps) if steps else None,
@@ -113,9 +126,11 @@ def _row(group: Sequence[Record], planned: int) -> Row:
         diverged=sum(record.status == "diverged" for record in ran),
         broken=sum(record.broken for record in ran),
         mismatched=sum("matched-but-wrong" in record.flags for record in ran),
-        closures=median([record.closures for record in ran] or [0]),
-        seconds=median([record.cost.get("seconds", 0.0) for record in ran] or [0.0]),
-        reason="" if ran else group[0].reason,
+        stalled=sum("stalled" in record.flags for record in ran),
+        closures=_middle(record.closures for record in whole),
+        seconds=_middle(record.cost.get("seconds") for record in whole),
+        peak_memory_bytes=_middle(record.cost.get("peak_memory_bytes") for record in whole),
+        reason="" if ran else printable(group[0].reason),
     )  # fmt: skip
 
 
@@ -137,8 +152,29 @@ def _baseline(name: str, records: Sequence[Record]) -> Row:
     return Row(name=f"({name.replace('_', ' ')})", **_input(records[0].case), **values)
 
 
+def _described(case: Case) -> dict[str, Any]:
+    """What was attacked, and how."""
+    return {
+        **_input(case), "name": _name(case), "attack": printable(ATTACKS.brief(case.attack)),
+        "defense": printable(DEFENSES.brief(case.defense)), "steps": case.steps, "dtype": case.dtype,
+    }  # fmt: skip
+
+
 def _input(case: Case) -> dict[str, Any]:
-    return {"dataset": DATASETS.brief(case.dataset), "batch": case.batch, "resolution": case.resolution}
+    dataset = printable(DATASETS.brief(case.dataset))
+    return {"dataset": dataset, "batch": case.batch, "resolution": case.resolution}
+
+
+def _name(case: Case) -> str:
+    """The network, and what of its input and output is not as it is registered."""
+    entry = NETWORKS.entries.get(case.network.name)
+    usual = {name: fact for name, fact in entry.facts.items() if fact is not None} if entry else {}
+    told = [
+        f"{name}={getattr(case, name)}"
+        for name, standard in {"preparation": "", "channels": 3, "classes": 0, **usual}.items()
+        if name in ("preparation", "channels", "classes") and getattr(case, name) != standard
+    ]
+    return printable(" ".join([NETWORKS.brief(case.network), *told]))
 
 
 def _rank(row: Row) -> Key:
@@ -160,6 +196,12 @@ def _median(records: Sequence[Record], metric: str, worst: float) -> float | Non
         for record in records
     ]
     return _finite(median(values)) if values else None
+
+
+def _middle(values: Iterable[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 def _mean(images: Sequence[Mapping[str, Any]], metric: str) -> float:

@@ -45,7 +45,8 @@ class Fidelity(Metric):
     [0, 1] and the reconstruction is clamped to it.  ``compute`` returns one value per image for
     ``mse``, ``psnr`` (dB, data range 1), ``pearson``, ``pearson_quarter`` (after 4x4 mean pooling),
     ``psnr_affine`` (dB, after the best a x + b of the *unclamped* reconstruction, then clamped) and,
-    where the images are large enough for their windows, ``ssim`` (11 px) and ``ms_ssim`` (161 px).
+    where the images are large enough for their windows, ``ssim`` (11 px) and ``ms_ssim`` (176 px,
+    which is what torchmetrics asks for five scales of its 11 px window).
     """
 
     full_state_update = False
@@ -124,12 +125,15 @@ def tier(metrics: dict[str, float], trivial_psnr: float, side: int) -> str:
 
 
 def convergence_step(mse: list[float | None]) -> int | None:
-    """The first step from which the MSE stays within twice its final value; None if that is undefined."""
+    """The first step from which the MSE stays within twice its final value.
+
+    None where that says nothing: the start is already within it, or the final value is undefined.
+    """
     final = mse[-1] if mse else None
     if final is None:
         return None
     outside = [step for step, value in enumerate(mse) if value is None or value > 2 * final]
-    return outside[-1] + 1 if outside else 0
+    return outside[-1] + 1 if outside[:1] == [0] else None
 
 
 def _vector(values: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -35,6 +35,12 @@ def build(spec: Spec, shape: Shape, classes: int, seed: int, dtype: torch.dtype 
     return network.to(dtype).requires_grad_(False)
 
 
+def check(spec: Spec, shape: Shape, classes: int) -> None:
+    """Raise what `build` would raise, without its memory and time."""
+    with torch.device("meta"):
+        NETWORKS.make(spec, shape, classes)
+
+
 @NETWORKS.register(
     "lenet5", resolution=32, preparation="fit", batch=1, channels=None, classes=10, closure_seconds=0.006
 )

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dlgbench.errors import UsageError, unknown
-from dlgbench.registry import ROOMS, Value
+from dlgbench.registry import NETWORKS, ROOMS, Value
 
 PROFILES = ("quick", "standard", "paper")
-AXES = {"network": None, "dataset": "photos", "attack": "dlg", "defense": "none", "dtype": "float32",
-        "batch": 0, "resolution": 0, "preparation": "", "classes": 0}  # fmt: skip
+AXES: dict[str, Value] = {
+    "network": "", "dataset": "photos", "attack": "dlg", "defense": "none", "dtype": "float32",
+    "batch": 0, "resolution": 0, "preparation": "", "classes": 0,
+}  # fmt: skip
 """The axes of a grid and their defaults; 0 and "" leave the choice to the network and the dataset."""
 SIZES = {"images": 1, "seeds": 1, "steps": 300}
 
@@ -97,6 +99,8 @@ def load(path: Path) -> Plan:
         content = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"plan {path}: expected a readable TOML file, got {error.strerror}") from None
+    except RecursionError:
+        raise UsageError(f"plan {path}: expected TOML, got a too deeply nested one") from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         fault = str(error).replace("at end of document", f"at line {len(text.splitlines())}, the end")
         raise UsageError(f"plan {path}: expected TOML, got {fault}") from None
@@ -114,9 +118,12 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     if not isinstance(grid, dict) or "network" not in grid:
         raise UsageError("expected a table [grid] with at least network = [...]")
     _check_keys("axis of [grid]", grid, AXES)
-    for values in grid.values():
+    for axis, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"expected every axis of [grid] to be a list of values, got {values!r}")
+        kind = type(AXES[axis])
+        if wrong := [value for value in values if type(value) is not kind]:
+            raise UsageError(f"{axis}: expected values of type {kind.__name__}, got {wrong[0]!r}")
     for profile, sizes in profiles.items():
         _check_sizes(profile, sizes)
     plan = Plan(name, str(content.get("title", name)), grid, profiles)
@@ -137,6 +144,8 @@ def _check_sizes(profile: str, sizes: Any) -> None:
         raise UsageError(f"expected [{profile}] to be a table, got {sizes!r}")
     _check_keys(f"size in [{profile}]", sizes, SIZES)
     for key, value in sizes.items():
+        if isinstance(value, dict):
+            _check_keys(f"network in {profile}.{key}", value, {"default": None, **NETWORKS.entries})
         for number in value.values() if isinstance(value, dict) else [value]:
             if type(number) is not int or number < 1:
                 raise UsageError(f"{profile}.{key}: expected a whole number >= 1, got {number!r}")

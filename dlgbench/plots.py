@@ -90,7 +90,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
     found: dict[Case, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.case.image, record.case.seed)):
         if record.status != "skipped":
-            found.setdefault(replace(record.case, image=0, seed=0), []).append(record)
+            found.setdefault(replace(record.case, image=0, seed=0, data=""), []).append(record)
     known = {name: i for i, name in enumerate(NETWORKS.entries)}
     cases = sorted(found, key=lambda case: (
         known.get(case.network.name, len(known)), *(ROOMS[name].brief(getattr(case, name)) for name in ROOMS),

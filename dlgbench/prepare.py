@@ -38,7 +38,7 @@ class Dropout(nn.Module):
     def draw(self, generator: torch.Generator) -> Tensor:
         """A mask of the input's shape: 0 with probability p, else 1 / (1 - p)."""
         assert self.shape is not None
-        keep = torch.full(self.shape, 1 - self.p, dtype=self.mask.dtype, device=generator.device)
+        keep = torch.full(self.shape, 1 - self.p, dtype=self.mask.dtype)
         return torch.bernoulli(keep, generator=generator) / (1 - self.p)
 
 

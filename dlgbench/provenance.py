@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-import resource
-import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +11,7 @@ from typing import Any
 
 import torch
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
 PACKAGES = ("dlgbench", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy", "scikit-image")
 
 
@@ -33,55 +31,48 @@ def facts(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cudnn.allow_tf32,
-        "deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "threat_model": "honest-but-curious server, one gradient after one local step, untrained weights",
         "selection": "best iterate by gradient distance, one start",
         "assignment": "one to one, least total MSE",
     }
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's values in float32, which says whether two runs had the same data."""
-    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
 def device_name(device: torch.device) -> str:
     """The processor or GPU in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 class Meter:
-    """Measures from its construction to `stop`."""
+    """Measures seconds and memory on ``device`` from its construction to `stop`."""
 
-    def __init__(self) -> None:
-        _reset_peak()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif CLEAR_REFS.exists():
+            CLEAR_REFS.write_text("5")  # the peak from now on: proc(5), /proc/pid/clear_refs
+            self.before = _resident("VmRSS")
         self.started = time.perf_counter()
 
-    def stop(self, device: torch.device) -> dict[str, Any]:
-        """Seconds, and the peak memory in bytes: of the device, or of this process on a CPU."""
-        seconds = time.perf_counter() - self.started
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-        return {"seconds": round(seconds, 3), "peak_memory_bytes": peak}
+    def stop(self) -> dict[str, Any]:
+        """Seconds, and the peak in bytes of the device's memory, or on Linux of what this process added.
+
+        The memory is None where the platform does not tell.
+        """
+        seconds = round(time.perf_counter() - self.started, 3)
+        if self.device.type == "cuda":
+            return {"seconds": seconds, "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)}
+        peak = _resident("VmHWM") - self.before if self.before else None
+        return {"seconds": seconds, "peak_memory_bytes": peak}
 
 
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:  # Linux only: see proc(5), /proc/pid/clear_refs
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_resident() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+def _resident(line: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{line}:")[1].split()[0]) * 1024
 
 
 def _processor() -> str:

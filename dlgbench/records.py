@@ -96,7 +96,7 @@ def write(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
+            os.chmod(file.name, 0o666 & ~_umask())
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
@@ -169,6 +169,12 @@ def _manifest(path: Path) -> Manifest:
         return Manifest(**{**body, "cases": tuple(map(Case.from_plain, body["cases"]))})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: expected the manifest of a run, got {error}; run its plan again") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def finite(value: float) -> float | None:

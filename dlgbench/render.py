@@ -16,6 +16,7 @@ from rich.text import Text
 from dlgbench import columns
 from dlgbench.columns import Grid, fitting
 from dlgbench.leaderboard import Row
+from dlgbench.text import printable
 
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
           "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "≥": r"$\geq$",
@@ -60,7 +61,7 @@ def markdown(title: str, rows: Sequence[Row]) -> str:
     meaning = "; ".join(
         f"*{_markdown(column.title)}*: {_markdown(column.meaning)}" for column in grid.columns
     )
-    return f"### {_markdown(title)}\n\n{text}\n\n{shared.capitalize()}{meaning}.{_omitted(rows)}\n"
+    return f"### {_markdown(title)}\n\n{text}\n\n{shared[:1].upper()}{shared[1:]}{meaning}.{_omitted(rows)}\n"
 
 
 def comma_separated(title: str, rows: Sequence[Row]) -> str:
@@ -105,11 +106,6 @@ def complete(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not row.partial]
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters spelled out, so that none reaches a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def _caption(whole: Grid, shown: Grid) -> str:
     shared = [f"{name}: {value}" for name, value in whole.shared.items()]
     hidden = len(whole.columns) - len(shown.columns)
@@ -123,12 +119,12 @@ def _omitted(rows: Sequence[Row]) -> str:
 
 
 def _markdown(text: str) -> str:
-    escaped = re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", text)
+    escaped = re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", printable(text))
     return " ".join(escaped.split())
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return "".join(_LATEX.get(character, character) for character in printable(text))
 
 
 def _inert(value: object) -> object:

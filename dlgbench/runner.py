@@ -54,15 +54,21 @@ def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> 
 
 
 def run(
-    todo: Sequence[Case], store: Store, data: Data, setup: Setup, seconds: float, watch: Watch
+    todo: Sequence[Case], store: Store, data: Data, setup: Setup, limits: Limits, watch: Watch
 ) -> Summary:
-    """Run the cases one after the other, saving each as it ends, for ``seconds`` at most.
+    """Run the cases one after the other, saving each as it ends.
 
-    A trial that the end of this time cuts short leaves no record: it is repeated by the next run.
+    A case that another process has recorded meanwhile is passed over.  A trial that the end of the
+    run's time cuts short leaves no record: it is repeated by the next run.
     """
-    summary, deadline = Summary(), time.monotonic() + seconds
+    summary, deadline = Summary(), time.monotonic() + limits.seconds
     for case in todo:
         left = deadline - time.monotonic()
+        if left <= 0:
+            summary.out_of_time = True
+            break
+        if not pending([case], store.load([case])[0], limits):
+            continue
         watch.begin(case)
         record, pictures = _one(case, data, replace(setup, timeout=min(setup.timeout, left)), watch)
         if record.status == "timeout" and time.monotonic() > deadline:

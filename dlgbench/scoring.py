@@ -33,16 +33,20 @@ def score(case: Case, attack: Attack, judge: Judge, verdict: Status | None) -> R
     return Record(
         case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=trivial,
         objective=finite(float(found.objective[0])), relative=relative, closures=attack.closures,
-        flags=_flags(outcome, relative, verdict, judge.labels.tolist()),
+        flags=_flags(outcome, relative, verdict, judge.labels.tolist(), trace),
         history={"objective": trace, **judge.history},
-        convergence_step=None if outcome == "failed" else convergence_step(judge.history["mse"]),
+        convergence_step=None if verdict or outcome == "failed" else convergence_step(judge.history["mse"]),
     )  # fmt: skip
 
 
-def _flags(outcome: str, relative: float | None, verdict: str | None, labels: list[int]) -> tuple[str, ...]:
+def _flags(
+    outcome: str, relative: float | None, verdict: str | None, labels: list[int], trace: list[float | None]
+) -> tuple[str, ...]:
+    tenth = trace[-1 - len(trace) // 10 :]
     found = {
         "matched-but-wrong": outcome == "failed" and relative is not None and relative < MATCHED,
         "diverged": verdict == "diverged",
+        "stalled": len(tenth) > 1 and len(set(tenth)) == 1,
         "duplicate-labels": len(set(labels)) < len(labels),
     }
     return tuple(name for name, holds in found.items() if holds)

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     watch = display(console, len(todo))
     setup = Setup(options.accelerator, options.trial_timeout * 60, store.tensorboard)
     with watch.live():
-        summary = runner.run(todo, store, data, setup, limits.seconds, watch)
+        summary = runner.run(todo, store, data, setup, limits, watch)
     return _report(options, console, store, manifests, summary, len(cases) - len(todo))
 
 
@@ -132,13 +132,13 @@ def _report(
     cached: int,
 ) -> int:
     for one in manifests:
-        if summary.computed or not list((store.root / "tables").glob(f"{one.name}.*")):
-            store.tabulate(one)
+        if store.stale(one):
             store.plot(one)
-        views.print_table(console, store, one, "json" if options.json else "rich")
-    broken = sum(record.broken for record in summary.computed)
+            store.tabulate(one)  # last: where the tables are new, all is
+    views.print_tables(console, store, manifests, "json" if options.json else "rich")
+    broken = sum(record.broken for one in manifests for record in store.load(one.cases)[0].values())
     console.print(
-        f"{len(summary.computed)} trials computed ({broken} broke), {cached} were there; tables, "
+        f"{len(summary.computed)} trials computed, {cached} were there, {broken} are broken; tables, "
         f"plots and records are in {store.root}; curves: tensorboard --logdir {store.tensorboard} "
         "--samples_per_plugin images=200",
         highlight=False,

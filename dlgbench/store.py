@@ -38,7 +38,8 @@ class Store:
     def prepare(self) -> None:
         """Make the directory; raises UsageError where nothing can be written."""
         try:
-            for folder in (self.records, self.pictures, self.plans):
+            names = ("records", "pictures", "plans", "tables", "plots", "tensorboard")
+            for folder in (self.root / name for name in names):
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(13, "Permission denied")
@@ -57,16 +58,21 @@ class Store:
         """The sound records of ``cases`` by id, and the damaged files with their faults."""
         return records.load_all(self.records, [case.id for case in cases])
 
-    def tabulate(self, manifest: Manifest) -> list[Path]:
+    def stale(self, manifest: Manifest) -> bool:
+        """Whether the plan's tables are not those of its records."""
+        path, text = self._table(manifest, "json")
+        return not path.exists() or path.read_text(encoding="utf-8") != text
+
+    def tabulate(self, manifest: Manifest) -> None:
         """Write the plan's table in every format."""
-        found, _ = self.load(manifest.cases)
-        rows = leaderboard.table(manifest, found)
-        paths = []
-        for suffix, rendered in render.FORMATS.items():
-            path = self.root / "tables" / f"{manifest.name}.{suffix}"
-            records.write(path, rendered(f"{manifest.title} ({manifest.profile} profile)", rows).encode())
-            paths.append(path)
-        return paths
+        for form in render.FORMATS:
+            path, text = self._table(manifest, form)
+            records.write(path, text.encode())
+
+    def _table(self, manifest: Manifest, form: str) -> tuple[Path, str]:
+        rows = leaderboard.table(manifest, self.load(manifest.cases)[0])
+        text = render.FORMATS[form](f"{manifest.title} ({manifest.profile} profile)", rows)
+        return self.root / "tables" / f"{manifest.name}.{form}", text
 
     def plot(self, manifest: Manifest) -> list[Path]:
         """Draw the plan's plots."""

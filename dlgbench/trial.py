@@ -59,31 +59,32 @@ def run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record,
 
     Returns the record and its pictures (an ``npz`` file, empty where there are none).
     """
+    device = device_of(setup.accelerator)
     try:
-        return _run(case, dataset, setup, show)
+        return _run(case, dataset, setup, device, show)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return _failure(case, "oom", error), b""
+        return _failure(case, "oom", error, device), b""
     except Exception as error:  # recorded as a failure, counted in every table, and the exit code is 1
         full = "can't allocate memory" in str(error)  # what torch's CPU allocator says
-        return _failure(case, "oom" if full else "error", error), b""
+        return _failure(case, "oom" if full else "error", error, device), b""
 
 
-def _run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record, bytes]:
+def _run(
+    case: Case, dataset: Dataset, setup: Setup, device: torch.device, show: Show
+) -> tuple[Record, bytes]:
     provenance.exact_float32()
     guard, logger = Guard(setup.timeout), _logger(case, setup.tensorboard)
-    device = device_of(setup.accelerator)
     network = network_of(case).to(device)
     secret = secret_of(case, dataset)
     leak, judge = leak_of(case, network, secret, device), Judge(secret, case.steps)
     attack = attack_on(case, network)
     callbacks = [judge, guard, Progress(judge, show), *([TensorBoard(judge)] if logger else [])]
-    meter = provenance.Meter()
+    meter = provenance.Meter(device)
     trainer_on(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
-    cost = meter.stop(device)
+    cost = meter.stop()
     record = score(case, attack, judge, guard.verdict)
     known = {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
-    digest = {"private_images_sha256": provenance.digest(secret.images)}
-    record = replace(record, cost=cost, provenance={**provenance.facts(device), **known, **digest})
+    record = replace(record, cost=cost, provenance={**provenance.facts(device), **known})
     if logger:
         logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in finals(record).items()})
         logger.finalize("success")
@@ -97,10 +98,10 @@ def attack_on(case: Case, network: Network) -> Attack:
     return attack
 
 
-def _failure(case: Case, status: Status, error: BaseException) -> Record:
+def _failure(case: Case, status: Status, error: BaseException, device: torch.device) -> Record:
     place = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-    return Record(case=case, status=status, reason=reason, provenance=provenance.facts(torch.device("cpu")))
+    return Record(case=case, status=status, reason=reason, provenance=provenance.facts(device))
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -25,9 +25,9 @@ def network_of(case: Case) -> Network:
     return networks.build(case.network, case.shape, case.classes, stream(case, "weights"), dtype)
 
 
-def indices(case: Case) -> list[int]:
+def indices(case: Case) -> range:
     """Which images of the dataset the case takes: batch after batch."""
-    return list(range(case.image * case.batch, (case.image + 1) * case.batch))
+    return range(case.image * case.batch, (case.image + 1) * case.batch)
 
 
 def secret_of(case: Case, dataset: Dataset) -> Secret:
@@ -49,7 +49,7 @@ def leak_of(case: Case, network: Network, secret: Secret, device: torch.device =
     images, labels = secret.images[0].to(device), F.one_hot(secret.labels[0], case.classes).to(network.mean)
     private = gradients(network, weights, {**state, **masks}, images, labels)
     defend = DEFENSES.make(case.defense)
-    shared = defend(private, _generator(case, "defense", device))
+    shared = defend(private, _generator(case, "defense"))
     declared = {name: tensor for name, tensor in state.items() if name not in masks}
     return Leak(*map(_one_case, (weights, {**declared, **(masks if network.mask_known else {})}, shared)))
 
@@ -58,5 +58,5 @@ def _one_case(tensors: Tensors) -> Tensors:
     return {name: tensor[None] for name, tensor in tensors.items()}
 
 
-def _generator(case: Case, purpose: str, device: torch.device = CPU) -> torch.Generator:
-    return torch.Generator(device).manual_seed(stream(case, purpose))
+def _generator(case: Case, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(stream(case, purpose))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,20 +13,25 @@ from rich.text import Text
 from dlgbench import leaderboard, render
 from dlgbench.records import Manifest, Record
 from dlgbench.store import Store
+from dlgbench.text import printable
 
 
-def print_table(console: Console, store: Store, manifest: Manifest, form: str) -> None:
-    """One plan's table, and the damaged records that are missing from it."""
-    found, damaged = store.load(manifest.cases)
-    for path, fault in damaged.items():
-        told = f"{path}: damaged record left out ({fault}); run the plan again to repair it"
-        Console(stderr=True).print(render.printable(told), style="yellow", markup=False, soft_wrap=True)
-    rows = leaderboard.table(manifest, found)
-    title = f"{manifest.title} ({manifest.profile} profile)"
+def print_tables(console: Console, store: Store, manifests: Sequence[Manifest], form: str) -> None:
+    """The plans' tables, one JSON list of them, and what is missing from them through damage."""
+    tables = []
+    for manifest in manifests:
+        found, damaged = store.load(manifest.cases)
+        for path, fault in damaged.items():
+            told = f"{path}: damaged record left out ({fault}); run the plan again to repair it"
+            Console(stderr=True).print(printable(told), style="yellow", markup=False, soft_wrap=True)
+        tables.append((f"{manifest.title} ({manifest.profile} profile)", leaderboard.table(manifest, found)))
     if form == "rich":
-        console.print(render.rich_table(title, rows, console.width))
+        for title, rows in tables:
+            console.print(render.rich_table(title, rows, console.width))
+    elif form == "json":
+        print(json.dumps([json.loads(render.as_json(*table)) for table in tables], indent=1))
     else:
-        sys.stdout.write(render.FORMATS[form](title, rows))
+        print("\n".join(render.FORMATS[form](*table) for table in tables), end="")
 
 
 def print_record(console: Console, record: Record) -> None:
@@ -35,7 +40,7 @@ def print_record(console: Console, record: Record) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _facts(record):
-        table.add_row(Text(render.printable(name)), Text(render.printable(value)))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     console.print(table)
 
 

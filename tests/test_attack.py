@@ -70,7 +70,7 @@ def test_loss_history_and_image_equal_the_textbook_loop_bit_for_bit() -> None:
     leak = leak_of(one, network, secret_of(one, PHOTOS))
     attack = trial.attack_on(one, network)
     trial.trainer_on("cpu", None, []).fit(attack, trial.Frozen(leak, one.steps))
-    assert [float(objective) for objective in attack.trace] == losses
+    assert [float(objective) for objective in attack.trace[:-1]] == losses
     assert torch.equal(attack.dummy_images.detach()[0], image)
 
 

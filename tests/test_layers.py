@@ -11,7 +11,7 @@ import pytest
 import dlgbench
 
 FLOORS: Sequence[set[str]] = (
-    {"", "errors", "exits"},
+    {"", "errors", "exits", "text"},
     {"registry", "images", "provenance", "signals", "doctor"},
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
@@ -19,6 +19,7 @@ FLOORS: Sequence[set[str]] = (
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.*", "victims", "leaderboard", "listing"},
     {"callbacks", "columns", "plots"},
+    {"scoring"},
     {"trial", "render", "report"},
     {"store", "display"},
     {"grid", "executors"},

@@ -78,7 +78,7 @@ def test_a_median_that_falls_on_a_failure_is_undefined() -> None:
 def test_skipped_trials_are_no_failures_and_rank_last() -> None:
     skipped = failure(case(network="resnet18"), "skipped")
     rows = leaderboard.rows([skipped, failure(case(1))])
-    assert [row.name for row in rows] == ["lenet5", "resnet18"]
+    assert [row.name for row in rows] == ["lenet5", "resnet18 preparation=fit classes=10"]
     assert columns(rows).lines[1][columns(rows).columns.index(recovered_column(rows))] == "skipped"
 
 

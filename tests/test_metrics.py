@@ -369,18 +369,19 @@ def test_tiers_are_in_order() -> None:
         ([], None),
         ([None], None),
         ([0.5, None], None),
-        ([0.5], 0),
-        ([0.5, 0.5, 0.5], 0),
+        ([0.5], None),
+        ([0.5, 0.5, 0.5], None),
         ([1.0, 0.1, 0.01, 0.001], 3),
         ([8.0, 4.0, 2.0, 1.0], 2),
         ([8.0, 2.0, 2.001, 1.0], 3),
-        ([1.0, 5.0, 1.0], 2),
+        ([1.0, 5.0, 1.0], None),
+        ([3.0, 5.0, 1.0], 2),
         ([None, 0.1, 0.1], 1),
-        ([0.1, None, 0.1], 2),
-        ([0.1, 0.2, 0.1], 0),
-        ([0.0, 0.0], 0),
+        ([0.1, None, 0.1], None),
+        ([0.1, 0.2, 0.1], None),
+        ([0.0, 0.0], None),
         ([0.1, 0.0], 1),
-        ([1.0, 2.0, 4.0], 0),
+        ([1.0, 2.0, 4.0], None),
     ],
 )
 def test_known_convergence_steps(history: list[float | None], step: int | None) -> None:
@@ -391,7 +392,8 @@ def test_known_convergence_steps(history: list[float | None], step: int | None) 
 @given(st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=20))
 def test_from_its_convergence_step_the_error_stays_small(history: list[float | None]) -> None:
     step, final = convergence_step(history), history[-1]
-    assert (step is None) == (final is None)
+    started_near = final is not None and history[0] is not None and history[0] <= 2 * final
+    assert (step is None) == (final is None or started_near)
     if step is None or final is None:
         return
 

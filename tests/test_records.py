@@ -40,7 +40,8 @@ CASE = Case(
 )  # fmt: skip
 IDENTITY = (  # the same case, as it is hashed
     '{"attack": {"history": 7, "iterations": 20, "learning_rate": 1.0, "name": "dlg", '
-    '"tolerance_change": 1e-09, "tolerance_gradient": 1e-07}, "batch": 2, "channels": 3, "classes": 10, '
+    '"tolerance_change": 1e-09, "tolerance_gradient": 1e-07}, "batch": 2, "channels": 3, "classes": 10, "data": "", '
+    ''
     '"dataset": {"name": "folder", "path": "/data/\\u00e9, b=c"}, '
     '"defense": {"name": "noise", "std": 0.001}, "dtype": "float32", "image": 4, '
     '"network": {"activation": "relu", "batchnorm": "train", "init": "default", "name": "resnet18"}, '
@@ -51,7 +52,7 @@ OTHER: dict[str, Any] = {
     "network": NETWORKS.spec("resnet18:activation=tanh"), "dataset": DATASETS.spec("photos"),
     "attack": ATTACKS.spec("dlg"), "defense": DEFENSES.spec("none"), "batch": 1, "resolution": 65,
     "preparation": "fit", "channels": 1, "classes": 11, "steps": 301, "dtype": "float64", "image": 5,
-    "seed": 0,
+    "seed": 0, "data": "0123456789abcdef",
 }  # fmt: skip
 RECORD = Record(
     case=CASE, status="done", outcome="exact", reason="naïve “Grund”\n\t\"\\ \u2028 \U0001f984",
@@ -95,6 +96,7 @@ def cases() -> st.SearchStrategy[Case]:
         dtype=st.sampled_from(get_args(DType)),
         image=natural,
         seed=natural,
+        data=TEXT,
     )
 
 
@@ -362,7 +364,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_the_identity_is_a_known_answer() -> None:
     """Changed? Then every record in the world is orphaned: raise PROTOCOL and say so in CHANGELOG.md."""
-    assert CASE.id == hashlib.sha256(f"[1, {IDENTITY}]".encode()).hexdigest()[:16] == "a7912679c497bb98"
+    assert CASE.id == hashlib.sha256(f"[1, {IDENTITY}]".encode()).hexdigest()[:16] == "b63682014c97c2bb"
 
 
 def test_every_field_is_part_of_the_identity() -> None:

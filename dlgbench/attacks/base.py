@@ -23,7 +23,7 @@ class Task(NamedTuple):
     width: int
     classes: int
     generators: Sequence[torch.Generator]
-    """One per case; their number is the width of the batch of cases."""
+    """One per case, on the CPU: every device then meets the same draws.  Their number is the width."""
 
 
 class Reconstruction(NamedTuple):
@@ -91,7 +91,6 @@ class Attack(pl.LightningModule, ABC):
         return torch.stack([self.distance(*row) for row in rows])
 
     def on_fit_start(self) -> None:
-        self.generators = [_moved(generator, self.device) for generator in self.generators]
         self.best_images, self.best_labels, self.best_objective = (
             tensor.to(self.device) for tensor in (self.best_images, self.best_labels, self.best_objective)
         )
@@ -144,16 +143,10 @@ class Attack(pl.LightningModule, ABC):
 
     def _with_masks(self, leak: Leak, case: int) -> Leak:
         """The leak with a fresh draw for every dropout mask that it does not hold."""
-        masks = self.network.draw_masks(self.generators[case])
+        drawn = self.network.draw_masks(self.generators[case])
+        masks = {name: mask.to(self.device) for name, mask in drawn.items()}
         return leak._replace(buffers={**masks, **leak.buffers})
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (tensor.dim() - 1))
-
-
-def _moved(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """A generator for ``device``; on the CPU the same one, so that its stream goes on."""
-    if device == generator.device:
-        return generator
-    return torch.Generator(device).manual_seed(generator.initial_seed())
