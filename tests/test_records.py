@@ -40,8 +40,8 @@ CASE = Case(
 )  # fmt: skip
 IDENTITY = (  # the same case, as it is hashed
     '{"attack": {"history": 7, "iterations": 20, "learning_rate": 1.0, "name": "dlg", '
-    '"tolerance_change": 1e-09, "tolerance_gradient": 1e-07}, "batch": 2, "channels": 3, "classes": 10, "data": "", '
-    ''
+    '"tolerance_change": 1e-09, "tolerance_gradient": 1e-07}, "batch": 2, "channels": 3, '
+    '"classes": 10, "data": "", '
     '"dataset": {"name": "folder", "path": "/data/\\u00e9, b=c"}, '
     '"defense": {"name": "noise", "std": 0.001}, "dtype": "float32", "image": 4, '
     '"network": {"activation": "relu", "batchnorm": "train", "init": "default", "name": "resnet18"}, '
