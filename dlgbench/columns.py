@@ -74,8 +74,6 @@ COLUMNS = (
     Column("closures", "evaluations of the objective, median", 6,
            lambda row: _number(row.closures, ".0f")),
     Column("s", "seconds a trial, median", 6, lambda row: _number(row.seconds, ".0f")),
-    Column("MB", "peak memory that a trial added, median", 6,
-           lambda row: _number(row.peak_memory_bytes and row.peak_memory_bytes / 1e6, ".0f")),
     Column("dtype", "of images, weights and gradients", 0, lambda row: row.dtype, True),
     Column("failures", "what went wrong; all of it counts in the denominators", 1, _trouble, True, 18),
 )  # fmt: skip

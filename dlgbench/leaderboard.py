@@ -62,7 +62,6 @@ class Row:
     stalled: int = 0
     closures: float | None = None
     seconds: float | None = None
-    peak_memory_bytes: float | None = None
     reason: str = ""
     """Why all trials were skipped."""
 
@@ -126,10 +125,9 @@ def _row(group: Sequence[Record], planned: int) -> Row:
         diverged=sum(record.status == "diverged" for record in ran),
         broken=sum(record.broken for record in ran),
         mismatched=sum("matched-but-wrong" in record.flags for record in ran),
-        stalled=sum("stalled" in record.flags for record in ran),
+        stalled=sum("stalled" in record.flags and record.outcome == "failed" for record in ran),
         closures=_middle(record.closures for record in whole),
         seconds=_middle(record.cost.get("seconds") for record in whole),
-        peak_memory_bytes=_middle(record.cost.get("peak_memory_bytes") for record in whole),
         reason="" if ran else printable(group[0].reason),
     )  # fmt: skip
 

@@ -61,7 +61,8 @@ class Meter:
     def stop(self) -> dict[str, Any]:
         """Seconds, and the peak in bytes of the device's memory, or on Linux of what this process added.
 
-        The memory is None where the platform does not tell.
+        The memory is None where the platform does not tell.  What earlier trials left allocated in this
+        process is not counted again, so a trial after a larger one can read 0: compare fresh processes.
         """
         seconds = round(time.perf_counter() - self.started, 3)
         if self.device.type == "cuda":
