@@ -313,6 +313,24 @@ def test_a_killed_run_resumes_to_the_same_records(tmp_path: Path) -> None:
     assert contents(killed / "records") == contents(undisturbed / "records")
 
 
+@pytest.mark.parametrize("victim", ["records/*.json", "tables/*.json", "plots/*/gallery.png"])
+def test_whatever_a_kill_left_undone_is_done_by_the_next_run(victim: str, tmp_path: Path) -> None:
+    arguments = [*LENET[:6], "--images", "1", "--steps", "2", "--out", str(tmp_path)]
+    assert cli.main(arguments) == exits.OK
+    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*") if "events" not in path.name}
+    before = contents(tmp_path / "records")
+    (lost,) = tmp_path.glob(victim)
+    lost.unlink()
+    for table in (tmp_path / "tables").glob(
+        "*.json"
+    ):  # written last, so it is missing with all that precedes
+        table.unlink()
+    (lost.parent / f".{lost.name}.half").write_text("what a kill leaves of a file that was being written")
+    assert cli.main(arguments) == exits.OK
+    assert files <= {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    assert contents(tmp_path / "records") == before
+
+
 def test_running_out_of_time_is_code_3_and_leaves_no_record(tmp_path: Path) -> None:
     arguments = [
         "run",

@@ -366,3 +366,16 @@ def test_an_option_without_a_readable_type_is_refused(tmp_path: Path) -> None:
     room = toy_room(tmp_path, '@TOYS.register("a")\ndef a(*, x: list[int]): ...\n')
     with pytest.raises(TypeError, match="'x'"):
         _ = room.entries
+
+
+def test_every_attack_says_how_it_gets_labels_and_what_it_assumes() -> None:
+    """The record of every trial tells both."""
+    for entry in ATTACKS.entries.values():
+        assert all(isinstance(entry.facts[name], str) and entry.facts[name] for name in ("labels", "priors"))
+
+
+def test_every_network_has_the_facts_that_plans_fill_in() -> None:
+    wanted = {"resolution": int, "preparation": str, "batch": int, "classes": int, "closure_seconds": float}
+    for entry in NETWORKS.entries.values():
+        assert {name: type(entry.facts[name]) for name in wanted} == wanted
+        assert entry.facts["channels"] in (None, 1, 3)
