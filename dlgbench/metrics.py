@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 SMALLEST_MSE = 1e-16
 """Errors below this are rounding, also in float64; it bounds PSNR at 160 dB, so that no value is infinite."""
-SSIM_WINDOW, MS_SSIM_SMALLEST = 11, 176
+SSIM_WINDOW, MS_SSIM_SMALLEST, MS_SSIM_UNPADDED = 11, 161, 176
 RECOGNISABLE_AT_QUARTER = 128
 TIERS = ("failed", "partial", "recognisable", "exact")
 
@@ -45,8 +45,8 @@ class Fidelity(Metric):
     [0, 1] and the reconstruction is clamped to it.  ``compute`` returns one value per image for
     ``mse``, ``psnr`` (dB, data range 1), ``pearson``, ``pearson_quarter`` (after 4x4 mean pooling),
     ``psnr_affine`` (dB, after the best a x + b of the *unclamped* reconstruction, then clamped) and,
-    where the images are large enough for their windows, ``ssim`` (11 px) and ``ms_ssim`` (176 px,
-    which is what torchmetrics asks for five scales of its 11 px window).
+    where the images are large enough for their windows, ``ssim`` (11 px) and ``ms_ssim`` (161 px;
+    below 176, which torchmetrics asks for, images are reflected at two borders to that size).
     """
 
     full_state_update = False
@@ -74,7 +74,7 @@ class Fidelity(Metric):
             values["ssim"] = _vector(ssim(ours, truth, data_range=1.0, reduction="none"))
         if side >= MS_SSIM_SMALLEST:
             values["ms_ssim"] = _vector(
-                ms_ssim(ours, truth, data_range=1.0, reduction="none", normalize="relu")
+                ms_ssim(_grown(ours), _grown(truth), data_range=1.0, reduction="none", normalize="relu")
             )
         return values
 
@@ -134,6 +134,11 @@ def convergence_step(mse: list[float | None]) -> int | None:
         return None
     outside = [step for step, value in enumerate(mse) if value is None or value > 2 * final]
     return outside[-1] + 1 if outside[:1] == [0] else None
+
+
+def _grown(images: Tensor) -> Tensor:
+    missing = max(0, MS_SSIM_UNPADDED - images.shape[-1])
+    return F.pad(images, (0, missing, 0, missing), mode="reflect")
 
 
 def _vector(values: Tensor | tuple[Tensor, ...]) -> Tensor:
