@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,9 +54,10 @@ class Meter:
         self.before = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        elif CLEAR_REFS.exists():
-            CLEAR_REFS.write_text("5")  # the peak from now on: proc(5), /proc/pid/clear_refs
-            self.before = _resident("VmRSS")
+        else:
+            with suppress(OSError):  # absent but on Linux, and forbidden in some containers
+                CLEAR_REFS.write_text("5")  # the peak from now on: proc(5), /proc/pid/clear_refs
+                self.before = _resident("VmRSS")
         self.started = time.perf_counter()
 
     def stop(self) -> dict[str, Any]:
