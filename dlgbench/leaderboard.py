@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from dlgbench.case import Case
-from dlgbench.records import Manifest, Record
+from dlgbench.records import Manifest, Record, finite
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.text import printable
 
@@ -121,7 +121,7 @@ def _row(group: Sequence[Record], planned: int) -> Row:
         **medians,
         label_accuracy=right / (case.batch * len(ran)) if ran else None,
         convergence_step=median(steps) if steps else None,
-        relative=_finite(median([math.inf if r.relative is None else r.relative for r in ran] or [math.inf])),
+        relative=finite(median([math.inf if r.relative is None else r.relative for r in ran] or [math.inf])),
         diverged=sum(record.status == "diverged" for record in ran),
         broken=sum(record.broken for record in ran),
         mismatched=sum("matched-but-wrong" in record.flags for record in ran),
@@ -193,7 +193,7 @@ def _median(records: Sequence[Record], metric: str, worst: float) -> float | Non
         _mean(record.images, metric) if record.images and metric in record.images[0] else worst
         for record in records
     ]
-    return _finite(median(values)) if values else None
+    return finite(median(values)) if values else None
 
 
 def _middle(values: Iterable[float | None]) -> float | None:
@@ -204,7 +204,3 @@ def _middle(values: Iterable[float | None]) -> float | None:
 
 def _mean(images: Sequence[Mapping[str, Any]], metric: str) -> float:
     return math.fsum(image[metric] for image in images) / len(images)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -147,6 +147,11 @@ class Manifest:
         """``plan-profile-hash``, the hash of the ids: another selection is another table."""
         return f"{self.plan}-{self.profile}-{hashlib.sha256(' '.join(self.ids).encode()).hexdigest()[:8]}"
 
+    @property
+    def heading(self) -> str:
+        """What stands above its tables."""
+        return f"{self.title} ({self.profile} profile)"
+
     def save(self, folder: Path) -> None:
         """Write it to ``folder/name.json``."""
         body = {

@@ -113,7 +113,7 @@ class Room:
         return self.entries[name]
 
     def spec(self, text: str) -> Spec:
-        """Parse ``name``, ``name:key=value,...`` or ``name:VALUE`` (for a first or only option)."""
+        """Parse ``name``, ``name:key=value,...`` or ``name:VALUE`` (for an only option)."""
         name, _, rest = text.partition(":")
         entry = self.entry(name)
         return self.complete(name, _split(rest, list(entry.options)))
@@ -131,7 +131,7 @@ class Room:
                 raise UsageError(f"{self.kind} {name!r} needs a value: write {name}:{key}=…")
             values.append((key, option.read(value)))
         for key in entry.facts.get("positive", ()):
-            if not 0 < dict(values)[key] < math.inf:  # type: ignore[operator]
+            if not 0 < float(dict(values)[key]) < math.inf:
                 raise UsageError(f"{self.kind} {name!r}: expected {key} > 0, got {dict(values)[key]}")
         return Spec(name, tuple(values))
 

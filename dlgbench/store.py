@@ -60,19 +60,18 @@ class Store:
 
     def stale(self, manifest: Manifest) -> bool:
         """Whether the plan's tables are not those of its records."""
-        path, text = self._table(manifest, "json")
+        path, text = self._tables(manifest, ["json"])[0]
         return not path.exists() or path.read_text(encoding="utf-8") != text
 
     def tabulate(self, manifest: Manifest) -> None:
         """Write the plan's table in every format."""
-        for form in render.FORMATS:
-            path, text = self._table(manifest, form)
+        for path, text in self._tables(manifest, render.FORMATS):
             records.write(path, text.encode())
 
-    def _table(self, manifest: Manifest, form: str) -> tuple[Path, str]:
+    def _tables(self, manifest: Manifest, forms: Iterable[str]) -> list[tuple[Path, str]]:
         rows = leaderboard.table(manifest, self.load(manifest.cases)[0])
-        text = render.FORMATS[form](f"{manifest.title} ({manifest.profile} profile)", rows)
-        return self.root / "tables" / f"{manifest.name}.{form}", text
+        folder = self.root / "tables"
+        return [(folder / f"{manifest.name}.{f}", render.FORMATS[f](manifest.heading, rows)) for f in forms]
 
     def plot(self, manifest: Manifest) -> list[Path]:
         """Draw the plan's plots."""

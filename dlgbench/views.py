@@ -24,7 +24,7 @@ def print_tables(console: Console, store: Store, manifests: Sequence[Manifest], 
         for path, fault in damaged.items():
             told = f"{path}: damaged record left out ({fault}); run the plan again to repair it"
             Console(stderr=True).print(printable(told), style="yellow", markup=False, soft_wrap=True)
-        tables.append((f"{manifest.title} ({manifest.profile} profile)", leaderboard.table(manifest, found)))
+        tables.append((manifest.heading, leaderboard.table(manifest, found)))
     if form == "rich":
         for title, rows in tables:
             console.print(render.rich_table(title, rows, console.width))
