@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from dlgbench.metrics import assign, fidelity
 from dlgbench.records import Status, finite
 
 FRAMES = 8
+HISTORY = ("mse", "psnr", "ssim")
+"""The metrics of every iterate."""
 BLOW_UP = 1e3
 """A dummy beyond this many units of normalised input counts as diverged.  Measured on
 lenet_dlg in the reference run: 9 of 30 trials pass it within 10 steps; let go on for 300, none found a better
@@ -27,15 +31,11 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Judge(pl.Callback):
-    """Holds one case's secret and measures every iterate of that row against it."""
+    """Holds the secrets of an attack's cases and measures every iterate of every case against its own."""
 
-    def __init__(self, secret: Secret, steps: int, row: int = 0) -> None:
-        self.images, self.labels = secret.images[row], secret.labels[row]
-        self.row = row
-        self.history: dict[str, list[float | None]] = {"mse": [], "psnr": [], "ssim": []}
-        self.frames: dict[int, Pixels] = {}
+    def __init__(self, secrets: Sequence[Secret], steps: int) -> None:
+        self.cases = [_Watched(secret) for secret in secrets]
         self.frame_steps = frame_steps(steps)
-        self.last = to_uint8(self.images)
 
     def on_train_start(self, trainer: pl.Trainer, attack: pl.LightningModule) -> None:
         self.measure(attack, 0)
@@ -46,43 +46,63 @@ class Judge(pl.Callback):
         self.measure(attack, batch_idx + 1)
 
     def on_train_end(self, trainer: pl.Trainer, attack: pl.LightningModule) -> None:
-        self.frames[len(self.history["mse"]) - 1] = self.last  # also where the trial stopped early
+        for case in self.cases:
+            case.frames[len(case.history["mse"]) - 1] = case.last  # also where the trial stopped early
 
     def measure(self, attack: pl.LightningModule, step: int) -> None:
-        """Append the batch's mean metrics at the current iterate, and keep its picture now and then."""
+        """Append the mean metrics of every active case's batch, and keep a picture now and then."""
         assert isinstance(attack, Attack)
-        images = attack.pixels(attack.dummy_images.detach())[self.row].cpu()
-        images = images[assign(images.clamp(0, 1), self.images)]
-        rows = fidelity(images, self.images)
+        images = attack.pixels(attack.dummy_images.detach()).cpu()
+        active = [(self.cases[row], images[row]) for row in attack.active.nonzero().squeeze(1).tolist()]
+        if not active:
+            return
+        ordered = [found[assign(found.clamp(0, 1), case.images)] for case, found in active]
+        rows = fidelity(torch.cat(ordered), torch.cat([case.images for case, _ in active]), HISTORY)
+        for number, (case, _) in enumerate(active):
+            batch = len(case.images)
+            case.note(ordered[number], rows[number * batch : (number + 1) * batch], step in self.frame_steps)
+
+
+class _Watched:
+    """What a judge knows and notes of one case."""
+
+    def __init__(self, secret: Secret) -> None:
+        self.images, self.labels = secret.images[0], secret.labels[0]
+        self.history: dict[str, list[float | None]] = {name: [] for name in HISTORY}
+        self.frames: dict[int, Pixels] = {}
+        self.last = to_uint8(self.images)
+
+    def note(self, images: Tensor, rows: Sequence[Mapping[str, float]], keep: bool) -> None:
         for name, values in self.history.items():
             numbers = [row[name] for row in rows if name in row]
             values.append(finite(sum(numbers) / len(numbers)) if numbers else None)
         self.last = to_uint8(images)
-        if step in self.frame_steps:
-            self.frames[step] = self.last
+        if keep:
+            self.frames[len(self.history["mse"]) - 1] = self.last
 
 
 class Guard(pl.Callback):
-    """Stops a trial that has diverged or outlasted its time; ``verdict`` says which."""
+    """Stops cases that have diverged, and all that outlast their time; ``verdicts`` say which."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, cases: int, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
-        self.verdict: Status | None = None
+        self.verdicts: list[Status | None] = [None] * cases
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
-        largest = attack.dummy_images.detach().abs().amax()
-        if not bool(attack.trace[-1].isfinite().all() & (largest < BLOW_UP)):  # also where it is NaN
-            self.verdict = "diverged"
-        elif time.monotonic() > self.deadline:
-            self.verdict = "timeout"
-        trainer.should_stop = self.verdict is not None
+        largest = attack.dummy_images.detach().flatten(1).abs().amax(1)
+        sound = (attack.trace[-1].isfinite() & (largest < BLOW_UP)).cpu()  # where it is NaN: not sound
+        late = time.monotonic() > self.deadline
+        for row in attack.active.nonzero().squeeze(1).tolist():
+            self.verdicts[row] = ("timeout" if late else None) if sound[row] else "diverged"
+            attack.active[row] = self.verdicts[row] is None
+        trainer.should_stop = not bool(attack.active.any())
 
 
 class Progress(pl.Callback):
-    """Tells ``show(step, objective, psnr)`` after every step."""
+    """Tells ``show(step, objective, psnr)`` after every step: the medians of the cases still running."""
 
     def __init__(self, judge: Judge, show: Callable[[int, float, float], None]) -> None:
         self.judge = judge
@@ -92,39 +112,45 @@ class Progress(pl.Callback):
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
-        psnr = self.judge.history["psnr"][-1]
+        running = [case for case in self.judge.cases if len(case.history["psnr"]) == batch_idx + 2]
+        known = [value for case in running if (value := case.history["psnr"][-1]) is not None]
         self.show(
-            batch_idx + 1, float(attack.trace[-1][self.judge.row]), float("nan") if psnr is None else psnr
+            batch_idx + 1,
+            float(attack.trace[-1].nanmedian()),
+            median(known) if known else math.nan,
         )
 
 
 class TensorBoard(pl.Callback):
-    """Scalars of every iterate, the evolution, and private beside reconstructed images."""
+    """Scalars of every iterate, the evolution, and private beside reconstructed images, for every case."""
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, judge: Judge, loggers: Sequence[TensorBoardLogger]) -> None:
+        self.watched = list(zip(judge.cases, loggers, strict=True))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
-        writer = _writer(trainer)
-        # the objective is that of the iterate before the step, the judge's metrics come after it
-        writer.add_scalar("objective", attack.trace[-1][self.judge.row], batch_idx)
-        for name, values in self.judge.history.items():
-            for step in (0, 1) if batch_idx == 0 else (batch_idx + 1,):
-                if (value := values[step]) is not None:
-                    writer.add_scalar(name, value, step)
+        for objective, (case, logger) in zip(attack.trace[-1].tolist(), self.watched, strict=True):
+            if len(case.history["mse"]) < batch_idx + 2:  # it has stopped
+                continue
+            # the objective is that of the iterate before the step, the judge's metrics come after it
+            logger.experiment.add_scalar("objective", objective, batch_idx)
+            for name, values in case.history.items():
+                for step in (0, 1) if batch_idx == 0 else (batch_idx + 1,):
+                    if (value := values[step]) is not None:
+                        logger.experiment.add_scalar(name, value, step)
 
     def on_fit_end(self, trainer: pl.Trainer, attack: pl.LightningModule) -> None:
         assert isinstance(attack, Attack)
-        writer = _writer(trainer)
-        for step, frame in self.judge.frames.items():
-            writer.add_images("evolution", frame, step, dataformats="NHWC")
-        found = attack.result.images[self.judge.row]
-        found = found[assign(found.clamp(0, 1), self.judge.images)]
-        pair = np.concatenate([to_uint8(self.judge.images), to_uint8(found)], axis=2)
-        writer.add_images("private_and_reconstruction", pair, max(self.judge.frames), dataformats="NHWC")
+        for found, (case, logger) in zip(attack.result.images, self.watched, strict=True):
+            for step, frame in case.frames.items():
+                logger.experiment.add_images("evolution", frame, step, dataformats="NHWC")
+            found = found[assign(found.clamp(0, 1), case.images)]
+            pair = np.concatenate([to_uint8(case.images), to_uint8(found)], axis=2)
+            logger.experiment.add_images(
+                "private_and_reconstruction", pair, max(case.frames), dataformats="NHWC"
+            )
 
 
 def frame_steps(steps: int) -> tuple[int, ...]:
@@ -137,8 +163,3 @@ def to_uint8(images: Tensor) -> Pixels:
     scaled = images.nan_to_num(nan=0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     array: Pixels = scaled.permute(0, 2, 3, 1).cpu().numpy()
     return array
-
-
-def _writer(trainer: pl.Trainer) -> Any:
-    assert isinstance(trainer.logger, TensorBoardLogger)
-    return trainer.logger.experiment

@@ -121,6 +121,12 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only 1: trials are independent (see README)",
     )
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the attacks' closures: auto (default) where that saves time; kept for later runs",
+    )
     add("--data-root", type=Path, metavar="DIR", help="where torchvision's datasets lie")
     add("--dry-run", action="store_true", help="list the cases, cached or missing, and estimate the time")
     add("--limit", type=_positive, metavar="N", help="only the first N cases; their rows are partial")

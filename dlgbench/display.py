@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dlgbench.case import Case
@@ -52,19 +53,21 @@ class Lines:
         """What to hold open while trials run."""
         return nullcontext()
 
-    def begin(self, case: Case) -> None:
-        self.count += 1
+    def begin(self, cases: Sequence[Case]) -> None:
+        """A batch of trials starts."""
 
-    def step(self, case: Case, step: int, objective: float, psnr: float) -> None:
-        return
+    def step(self, step: int, objective: float, psnr: float) -> None:
+        """It has come to this step; the numbers are medians over its trials."""
 
-    def end(self, record: Record) -> None:
-        line = Text.assemble(f"[{self.count}/{self.total}] {label(record.case)}: ", verdict(record))
-        self.console.print(line, soft_wrap=True, highlight=False)
+    def end(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.count += 1
+            line = Text.assemble(f"[{self.count}/{self.total}] {label(record.case)}: ", verdict(record))
+            self.console.print(line, soft_wrap=True, highlight=False)
 
 
 class Bars(Lines):
-    """A bar for the grid and one for every running trial, above them a line per finished trial."""
+    """A bar for the grid and one for the running batch, above them a line per finished trial."""
 
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(console, total)
@@ -74,23 +77,23 @@ class Bars(Lines):
             speed_estimate_period=1800,  # seconds: a step of a deep network takes most of a minute
         )  # fmt: skip
         self.grid = self.progress.add_task("all trials", total=total, note="")
-        self.trials: dict[str, TaskID] = {}
+        self.batch = self.progress.add_task("", visible=False, note="")
 
     def live(self) -> AbstractContextManager[Any]:
         return self.progress
 
-    def begin(self, case: Case) -> None:
-        super().begin(case)
-        self.trials[case.id] = self.progress.add_task(label(case), total=case.steps, note="")
+    def begin(self, cases: Sequence[Case]) -> None:
+        name = label(cases[0]) + (f" and {len(cases) - 1} more" if len(cases) > 1 else "")
+        self.progress.reset(self.batch, total=cases[0].steps, description=name, visible=True, note="")
 
-    def step(self, case: Case, step: int, objective: float, psnr: float) -> None:
+    def step(self, step: int, objective: float, psnr: float) -> None:
         shown = "–" if math.isnan(psnr) else f"{psnr:.1f} dB"
-        self.progress.update(self.trials[case.id], completed=step, note=f"objective {objective:.1e}  {shown}")
+        self.progress.update(self.batch, completed=step, note=f"objective {objective:.1e}  {shown}")
 
-    def end(self, record: Record) -> None:
-        self.progress.remove_task(self.trials.pop(record.case.id))
-        self.progress.advance(self.grid)
-        super().end(record)
+    def end(self, records: Sequence[Record]) -> None:
+        self.progress.update(self.batch, visible=False)
+        self.progress.advance(self.grid, len(records))
+        super().end(records)
 
 
 def display(console: Console, total: int) -> Lines:

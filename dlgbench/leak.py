@@ -5,6 +5,7 @@ Every tensor of the two named tuples has a leading ``case`` dimension: one row p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,15 @@ class Leak(NamedTuple):
         """The leak of one case, without the case dimension."""
         return Leak(*({name: tensor[case] for name, tensor in part.items()} for part in self))
 
+    def rows(self, cases: slice | Tensor) -> Leak:
+        """The leaks of some cases: views for a slice, copies for a tensor of indices."""
+        return Leak(*({name: tensor[cases] for name, tensor in part.items()} for part in self))
+
+    @property
+    def channels_last(self) -> Leak:
+        """The same values, the convolutions' weights and gradients with their channels innermost."""
+        return Leak(*({name: _channels_last(tensor) for name, tensor in part.items()} for part in self))
+
 
 class Secret(NamedTuple):
     """The truth, which only the judge holds."""
@@ -55,6 +65,20 @@ def gradients(
 
     gradient: Tensors = torch.func.grad(loss)(weights)
     return gradient
+
+
+def stack(leaks: Sequence[Leak]) -> Leak:
+    """Leaks of several cases each as one; without a copy where there is but one."""
+    if len(leaks) == 1:
+        return leaks[0]
+    parts = zip(*leaks, strict=True)
+    return Leak(*({name: torch.cat([part[name] for part in some]) for name in some[0]} for some in parts))
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.dim() != 5:  # of the weights, only convolutions' have four dimensions beside the case
+        return tensor
+    return tensor.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def squared_distance(ours: Tensors, theirs: Tensors) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,14 +48,16 @@ class Fidelity(Metric):
     ``psnr_affine`` (dB, after the best a x + b of the *unclamped* reconstruction, then clamped) and,
     where the images are large enough for their windows, ``ssim`` (11 px) and ``ms_ssim`` (161 px;
     below 176, which torchmetrics asks for, images are reflected at two borders to that size).
+    ``only`` names those to compute, all by default.
     """
 
     full_state_update = False
     reconstruction: list[Tensor]
     truth: list[Tensor]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, only: Sequence[str] | None = None, **options: Any) -> None:
         super().__init__(**options)
+        self.only = tuple(METRICS) if only is None else tuple(only)
         self.add_state("reconstruction", default=[], dist_reduce_fx="cat")
         self.add_state("truth", default=[], dist_reduce_fx="cat")
 
@@ -64,19 +67,13 @@ class Fidelity(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         raw, truth = torch.cat(self.reconstruction), torch.cat(self.truth)
-        ours, side = raw.clamp(0, 1), truth.shape[-1]
-        block = min(side, 4)
-        mse = (ours - truth).square().flatten(1).mean(-1)
-        values = {"mse": mse, "psnr": psnr(mse), "pearson": pearson(ours, truth),
-                  "pearson_quarter": pearson(F.avg_pool2d(ours, block), F.avg_pool2d(truth, block)),
-                  "psnr_affine": psnr_affine(raw, truth)}  # fmt: skip
-        if side >= SSIM_WINDOW:
-            values["ssim"] = _vector(ssim(ours, truth, data_range=1.0, reduction="none"))
-        if side >= MS_SSIM_SMALLEST:
-            values["ms_ssim"] = _vector(
-                ms_ssim(_grown(ours), _grown(truth), data_range=1.0, reduction="none", normalize="relu")
-            )
-        return values
+        measured = {name: METRICS[name] for name in self.only if truth.shape[-1] >= SMALLEST.get(name, 1)}
+        return {name: metric(raw, truth) for name, metric in measured.items()}
+
+
+def mean_squared_error(raw: Tensor, truth: Tensor) -> Tensor:
+    """Of every image, clamped to [0, 1]."""
+    return (raw.clamp(0, 1) - truth).square().flatten(1).mean(-1)
 
 
 def pearson(ours: Tensor, truth: Tensor) -> Tensor:
@@ -99,9 +96,11 @@ def psnr_affine(raw: Tensor, truth: Tensor) -> Tensor:
     return psnr((mapped - y).square().mean(-1)).to(raw.dtype)
 
 
-def fidelity(reconstruction: Tensor, truth: Tensor) -> list[dict[str, float]]:
+def fidelity(
+    reconstruction: Tensor, truth: Tensor, only: Sequence[str] | None = None
+) -> list[dict[str, float]]:
     """`Fidelity` of one batch as plain numbers, one mapping per image."""
-    metric = Fidelity()
+    metric = Fidelity(only)
     metric.update(reconstruction.cpu(), truth.cpu())
     # compute() squeezes a single image's values to scalars
     columns = {name: values.reshape(-1).tolist() for name, values in metric.compute().items()}
@@ -136,6 +135,20 @@ def convergence_step(mse: list[float | None]) -> int | None:
     return outside[-1] + 1 if outside[:1] == [0] else None
 
 
+def _structure(raw: Tensor, truth: Tensor) -> Tensor:
+    return _vector(ssim(raw.clamp(0, 1), truth, data_range=1.0, reduction="none"))
+
+
+def _structure_at_scales(raw: Tensor, truth: Tensor) -> Tensor:
+    ours, theirs = _grown(raw.clamp(0, 1)), _grown(truth)
+    return _vector(ms_ssim(ours, theirs, data_range=1.0, reduction="none", normalize="relu"))
+
+
+def _pearson_quarter(raw: Tensor, truth: Tensor) -> Tensor:
+    block = min(truth.shape[-1], 4)
+    return pearson(F.avg_pool2d(raw.clamp(0, 1), block), F.avg_pool2d(truth, block))
+
+
 def _grown(images: Tensor) -> Tensor:
     missing = max(0, MS_SSIM_UNPADDED - images.shape[-1])
     return F.pad(images, (0, missing, 0, missing), mode="reflect")
@@ -144,3 +157,16 @@ def _grown(images: Tensor) -> Tensor:
 def _vector(values: Tensor | tuple[Tensor, ...]) -> Tensor:
     assert isinstance(values, Tensor)
     return values.reshape(-1)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mean_squared_error,
+    "psnr": lambda raw, truth: psnr(mean_squared_error(raw, truth)),
+    "pearson": lambda raw, truth: pearson(raw.clamp(0, 1), truth),
+    "pearson_quarter": _pearson_quarter,
+    "psnr_affine": psnr_affine,
+    "ssim": _structure,
+    "ms_ssim": _structure_at_scales,
+}
+SMALLEST = {"ssim": SSIM_WINDOW, "ms_ssim": MS_SSIM_SMALLEST}
+"""The sides in px from which a metric is defined."""

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
+from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.errors import Unsuitable
 from dlgbench.prepare import Dropout, Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS, Spec
@@ -153,7 +154,7 @@ def _torchvision(
     body = replace_activation(body.train(), activation)
     _swap(body, nn.Dropout, lambda layer: nn.Identity() if dropout == "off" else Dropout(layer.p))
     if batchnorm == "train":  # batch statistics only: no buffers to update or to leak
-        torch.func.replace_all_batch_norm_modules_(body)
+        _swap(body, nn.BatchNorm2d, BatchNorm2d)
     else:
         _swap(body, nn.BatchNorm2d, lambda layer: layer.eval())
     network = Network(body, IMAGENET_MEAN, IMAGENET_STD, heads, mask_known=dropout == "known")

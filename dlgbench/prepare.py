@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,11 @@ class Network(nn.Module):
         """Mean cross entropy against label probabilities ``(image, class)``, summed over the heads."""
         terms = (w * F.cross_entropy(head, labels) for w, head in zip(self.heads, logits, strict=True))
         return torch.stack(tuple(terms)).sum()
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether `draw_masks` gives any."""
+        return any(isinstance(layer, Dropout) for layer in self.modules())
 
     def draw_masks(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One fresh dropout mask for every dropout layer, by the name of its buffer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-CLEAR_REFS = Path("/proc/self/clear_refs")
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), "/proc/self/status"
 PACKAGES = ("dlgbench", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy", "scikit-image")
 
 
@@ -46,6 +47,16 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that a run may still take, infinite where the platform does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return float(_number("/proc/meminfo", "MemAvailable"))
+    except (OSError, LookupError):
+        return math.inf
+
+
 class Meter:
     """Measures seconds and memory on ``device`` from its construction to `stop`."""
 
@@ -57,25 +68,27 @@ class Meter:
         else:
             with suppress(OSError):  # absent but on Linux, and forbidden in some containers
                 CLEAR_REFS.write_text("5")  # the peak from now on: proc(5), /proc/pid/clear_refs
-                self.before = _resident("VmRSS")
+                self.before = _number(STATUS, "VmRSS")
         self.started = time.perf_counter()
 
-    def stop(self) -> dict[str, Any]:
-        """Seconds, and the peak in bytes of the device's memory, or on Linux of what this process added.
+    def stop(self, trials: int = 1) -> dict[str, Any]:
+        """Seconds a trial, and the peak in bytes of the device's memory, or on Linux of what was added.
 
-        The memory is None where the platform does not tell.  What earlier trials left allocated in this
-        process is not counted again, so a trial after a larger one can read 0: compare fresh processes.
+        Trials that shared a batch share its time equally.  The memory is None where the platform does
+        not tell.  What earlier trials left allocated in this process is not counted again, so a trial
+        after a larger one can read 0: compare fresh processes.
         """
-        seconds = round(time.perf_counter() - self.started, 3)
+        seconds = round((time.perf_counter() - self.started) / trials, 3)
         if self.device.type == "cuda":
-            return {"seconds": seconds, "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)}
-        peak = _resident("VmHWM") - self.before if self.before else None
-        return {"seconds": seconds, "peak_memory_bytes": peak}
+            peak: int | None = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = _number(STATUS, "VmHWM") - self.before if self.before else None
+        return {"seconds": seconds, "trials_in_batch": trials, "peak_memory_bytes": peak}
 
 
-def _resident(line: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{line}:")[1].split()[0]) * 1024
+def _number(file: str, line: str) -> int:
+    """The bytes that a file of /proc states in kB."""
+    return int(Path(file).read_text().split(f"{line}:")[1].split()[0]) * 1024
 
 
 def _processor() -> str:

@@ -11,18 +11,19 @@ from dlgbench import trial
 from dlgbench.case import Case
 from dlgbench.grid import Data, why_not
 from dlgbench.records import Record
+from dlgbench.registry import DEFENSES
 from dlgbench.store import Store
-from dlgbench.trial import Setup
+from dlgbench.trial import Setup, batch_size
 
 
 class Watch(Protocol):
     """Whoever shows the progress of a run."""
 
-    def begin(self, case: Case) -> None: ...
+    def begin(self, cases: Sequence[Case]) -> None: ...
 
-    def step(self, case: Case, step: int, objective: float, psnr: float) -> None: ...
+    def step(self, step: int, objective: float, psnr: float) -> None: ...
 
-    def end(self, record: Record) -> None: ...
+    def end(self, records: Sequence[Record]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -56,31 +57,46 @@ def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> 
 def run(
     todo: Sequence[Case], store: Store, data: Data, setup: Setup, limits: Limits, watch: Watch
 ) -> Summary:
-    """Run the cases one after the other, saving each as it ends.
+    """Run the cases in batches of those that differ in image, seed and defense only.
 
     A case that another process has recorded meanwhile is passed over.  A trial that the end of the
     run's time cuts short leaves no record: it is repeated by the next run.
     """
     summary, deadline = Summary(), time.monotonic() + limits.seconds
-    for case in todo:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            summary.out_of_time = True
-            break
-        if not pending([case], store.load([case])[0], limits):
-            continue
-        watch.begin(case)
-        record, pictures = _one(case, data, replace(setup, timeout=min(setup.timeout, left)), watch)
-        if record.status == "timeout" and time.monotonic() > deadline:
-            summary.out_of_time = True
-            break
-        store.put(record, pictures)
-        summary.computed.append(record)
-        watch.end(record)
+    device = trial.device_of(setup.accelerator)
+    for group in _groups(todo):
+        waiting, most = group, batch_size(group[0], device)
+        while waiting and not summary.out_of_time:
+            left = deadline - time.monotonic()
+            batch = pending(waiting[:most], store.load(waiting[:most])[0], limits)
+            bounded = replace(setup, timeout=min(setup.timeout, left))
+            try:
+                ended = _batch(batch, len(waiting), data, bounded, watch) if batch and left > 0 else []
+            except trial.Crowded:
+                most = -(-len(batch) // 2)
+                continue
+            waiting = waiting[most:]
+            cut = [r.status == "timeout" and time.monotonic() > deadline for r, _ in ended]
+            summary.out_of_time = left <= 0 or any(cut)
+            whole = [one for one, is_cut in zip(ended, cut, strict=True) if not is_cut]
+            for record, pictures in whole:
+                store.put(record, pictures)
+            summary.computed += [record for record, _ in whole]
+            watch.end([record for record, _ in whole])
     return summary
 
 
-def _one(case: Case, data: Data, setup: Setup, watch: Watch) -> tuple[Record, bytes]:
-    if reason := why_not(case, data):
-        return Record(case=case, status="skipped", reason=reason), b""
-    return trial.run(case, data(case.dataset), setup, lambda *progress: watch.step(case, *progress))
+def _groups(cases: Sequence[Case]) -> list[list[Case]]:
+    """Cases whose attacks are the same function of what leaks, in the order of their first."""
+    groups: dict[Case, list[Case]] = {}
+    for case in cases:
+        alike = replace(case, image=0, seed=0, data="", defense=DEFENSES.spec("none"))
+        groups.setdefault(alike, []).append(case)
+    return list(groups.values())
+
+
+def _batch(batch: Sequence[Case], waiting: int, data: Data, setup: Setup, watch: Watch) -> list[trial.Trial]:
+    watch.begin(batch)
+    if reason := why_not(batch[0], data):
+        return [(Record(case=case, status="skipped", reason=reason), b"") for case in batch]
+    return trial.run(batch, data(batch[0].dataset), setup, watch.step, waiting)

@@ -17,25 +17,28 @@ MATCHED = 1e-4
 """Below this relative squared gradient distance a gradient counts as matched."""
 
 
-def score(case: Case, attack: Attack, judge: Judge, verdict: Status | None) -> Record:
-    """The record of a trial that ran, less its cost and provenance; ``verdict`` is why it stopped early."""
-    found = attack.result
-    order = assign(found.images[0].clamp(0, 1), judge.images)
-    images: list[dict[str, Any]] = [*fidelity(found.images[0][order], judge.images)]
-    trivial = {name: fidelity(picture, judge.images) for name, picture in baselines(judge.images).items()}
-    labels = found.labels[0].argmax(-1)[order].tolist()
-    for index, (image, label, truth) in enumerate(zip(images, labels, judge.labels.tolist(), strict=True)):
+def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | None) -> Record:
+    """The record of one row's trial, less cost and provenance; ``verdict`` is why it stopped early."""
+    found, watched = attack.result, judge.cases[row]
+    order = assign(found.images[row].clamp(0, 1), watched.images)
+    images: list[dict[str, Any]] = [*fidelity(found.images[row][order], watched.images)]
+    trivial = {name: fidelity(p, watched.images) for name, p in baselines(watched.images).items()}
+    labels = found.labels[row].argmax(-1)[order].tolist()
+    for index, (image, label, truth) in enumerate(zip(images, labels, watched.labels.tolist(), strict=True)):
         bar = max(rows[index]["psnr"] for rows in trivial.values())
         image |= {"outcome": tier(image, bar, case.resolution), "label": truth, "label_found": label}
     outcome = min((str(image["outcome"]) for image in images), key=TIERS.index)
-    relative = finite(float(found.relative[0]))
-    trace = [finite(float(objective[0])) for objective in attack.trace]
+    relative = finite(float(found.relative[row]))
+    iterates = len(watched.history["mse"])  # less than the attack's where this row stopped before others
+    objectives = [float(objective[row]) for objective in attack.trace]
+    trace = [finite(value) for value in (*objectives[: iterates - 1], objectives[-1])]
     return Record(
         case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=trivial,
-        objective=finite(float(found.objective[0])), relative=relative, closures=attack.closures,
-        flags=_flags(outcome, relative, verdict, judge.labels.tolist(), trace),
-        history={"objective": trace, **judge.history},
-        convergence_step=None if verdict or outcome == "failed" else convergence_step(judge.history["mse"]),
+        objective=finite(float(found.objective[row])), relative=relative,
+        closures=int(attack.closures[row]),
+        flags=_flags(outcome, relative, verdict, watched.labels.tolist(), trace),
+        history={"objective": trace, **watched.history},
+        convergence_step=None if verdict or outcome == "failed" else convergence_step(watched.history["mse"]),
     )  # fmt: skip
 
 
@@ -64,12 +67,13 @@ def finals(record: Record) -> dict[str, float]:
     return {name: value for name, value in finals.items() if value is not None}
 
 
-def pictures(judge: Judge, found: Reconstruction) -> bytes:
+def pictures(judge: Judge, found: Reconstruction, row: int) -> bytes:
     """Arrays of 8-bit pixels ``(frame, image, height, width, channel)``; read without pickle."""
-    order = assign(found.images[0].clamp(0, 1), judge.images)
+    watched, images = judge.cases[row], found.images[row]
+    order = assign(images.clamp(0, 1), watched.images)
     file = io.BytesIO()
     np.savez_compressed(
-        file, private=to_uint8(judge.images)[None], reconstruction=to_uint8(found.images[0][order])[None],
-        evolution=np.stack(list(judge.frames.values())), steps=np.array(list(judge.frames)),
+        file, private=to_uint8(watched.images)[None], reconstruction=to_uint8(images[order])[None],
+        evolution=np.stack(list(watched.frames.values())), steps=np.array(list(watched.frames)),
     )  # fmt: skip
     return file.getvalue()

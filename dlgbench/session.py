@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dlgbench import exits, plan, runner, trial, views
 from dlgbench.case import Case
+from dlgbench.compiler import Compiler
 from dlgbench.display import display, label
 from dlgbench.errors import EnvironmentBroken, UsageError
 from dlgbench.grid import Data, manifest, most_seconds, why_not
@@ -42,7 +43,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         console.print(Text(f"{path}: damaged record, computed anew ({fault})", style="yellow"))
     todo = runner.pending(cases, found, limits)
     watch = display(console, len(todo))
-    setup = Setup(options.accelerator, options.trial_timeout * 60, store.tensorboard)
+    compiler = Compiler(options.compile, lambda text: console.print(Text(text, style="yellow")))
+    setup = Setup(options.accelerator, options.trial_timeout * 60, store.tensorboard, compiler)
     with watch.live():
         summary = runner.run(todo, store, data, setup, limits, watch)
     return _report(options, console, store, manifests, summary, len(cases) - len(todo))

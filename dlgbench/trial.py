@@ -1,13 +1,15 @@
-"""One trial: a case, its client, its attack and its judge → a record and its pictures."""
+"""Trials: cases that can share a batch, their clients, attack and judge → records and pictures."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,13 +19,18 @@ from dlgbench import provenance
 from dlgbench.attacks.base import Attack, Task
 from dlgbench.callbacks import Guard, Judge, Progress, TensorBoard
 from dlgbench.case import Case, stream
+from dlgbench.closures import width_for
+from dlgbench.compiler import Compiler
 from dlgbench.datasets import Dataset
-from dlgbench.leak import Leak
+from dlgbench.leak import Leak, Secret, stack
 from dlgbench.prepare import Network
 from dlgbench.records import Record, Status
 from dlgbench.registry import ATTACKS, Value
 from dlgbench.scoring import finals, pictures, score
 from dlgbench.victims import leak_of, network_of, secret_of
+
+Trial = tuple[Record, bytes]
+"""A record and its pictures: an ``npz`` file, empty where there are none."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,9 @@ class Setup:
 
     accelerator: str = "auto"
     timeout: float = float("inf")
-    """Seconds that one trial may take."""
+    """Seconds that a batch of trials may take."""
     tensorboard: Path | None = None
+    compiler: Compiler = field(default_factory=Compiler)
 
 
 class Frozen:
@@ -50,79 +58,122 @@ class Frozen:
         return repeat(self.leak, self.steps)
 
 
+class Crowded(Exception):
+    """A batch of several cases failed: fewer at a time may have room, or leave the fault to one."""
+
+
+BATCH_CALLS = 4
+"""A batch of cases is what so many calls of their closure take: as rows end, calls fall away."""
+
 Show = Callable[[int, float, float], None]
-"""Told the step, the objective and the PSNR (dB, NaN where undefined) after every step."""
+"""Told the step, the objective and the PSNR (dB, NaN where undefined) after every step: of several
+cases, the medians."""
 
 
-def run(case: Case, dataset: Dataset, setup: Setup, show: Show) -> tuple[Record, bytes]:
-    """Run one case; whatever fails inside the trial becomes a record of the failure.
+def batch_size(case: Case, device: torch.device) -> int:
+    """How many cases like this one to run at once, if half of the free memory holds them."""
+    calls = width_for(case.batch * case.resolution**2, device)
+    if calls == 1:
+        return 1
+    pairs = 2 * int(case.attack.get("history") or 0) * math.prod(case.shape)
+    weights = sum(parameter.numel() for parameter in network_of(case).parameters())
+    needed = getattr(torch, case.dtype).itemsize * (pairs + 4 * weights)
+    return int(max(1, min(BATCH_CALLS * calls, provenance.free_memory(device) / 2 // needed)))
 
-    Returns the record and its pictures (an ``npz`` file, empty where there are none).
+
+def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiting: int = 0) -> list[Trial]:
+    """Run cases that differ in image, seed and defense only, in one batch.
+
+    ``waiting`` counts these and all later cases that will use the same closure.  Whatever fails in a
+    single trial becomes a record of the failure; for several it raises `Crowded`.
     """
     device = device_of(setup.accelerator)
     try:
-        return _run(case, dataset, setup, device, show)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return _failure(case, "oom", error, device), b""
+        return _run(cases, dataset, setup, device, show, waiting)
     except Exception as error:  # recorded as a failure, counted in every table, and the exit code is 1
-        full = "can't allocate memory" in str(error)  # what torch's CPU allocator says
-        return _failure(case, "oom" if full else "error", error, device), b""
+        if len(cases) > 1:
+            raise Crowded from error
+        return [(_failure(cases[0], error, device), b"")]
 
 
 def _run(
-    case: Case, dataset: Dataset, setup: Setup, device: torch.device, show: Show
-) -> tuple[Record, bytes]:
+    cases: Sequence[Case], dataset: Dataset, setup: Setup, device: torch.device, show: Show, waiting: int
+) -> list[Trial]:
     provenance.exact_float32()
-    guard, logger = Guard(setup.timeout), _logger(case, setup.tensorboard)
-    network = network_of(case).to(device)
-    secret = secret_of(case, dataset)
-    leak, judge = leak_of(case, network, secret, device), Judge(secret, case.steps)
-    attack = attack_on(case, network)
-    callbacks = [judge, guard, Progress(judge, show), *([TensorBoard(judge)] if logger else [])]
+    secrets = [secret_of(case, dataset) for case in cases]
+    network, leak = _clients(cases, secrets, device)
+    attack = attack_on(cases, network)
+    leak = leak.channels_last if attack.closure.width == 1 else leak
+    calls = cases[0].steps * int(cases[0].attack.get("iterations") or 1) * -(-waiting // attack.closure.width)
+    closure = setup.compiler.prepare(attack.closure, _identity(cases[0]), attack.example(leak), calls)
+    judge, guard = Judge(secrets, cases[0].steps), Guard(len(cases), setup.timeout)
+    loggers = [_logger(case, setup.tensorboard) for case in cases] if setup.tensorboard else []
+    boards = [TensorBoard(judge, loggers)] if loggers else []
     meter = provenance.Meter(device)
-    trainer_on(setup.accelerator, logger, callbacks).fit(attack, Frozen(leak, case.steps))
-    cost = meter.stop()
-    record = score(case, attack, judge, guard.verdict)
-    known = {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
-    record = replace(record, cost=cost, provenance={**provenance.facts(device), **known})
-    if logger:
-        logger.log_hyperparams(_flat(case), {f"final/{key}": value for key, value in finals(record).items()})
+    trainer = trainer_on(setup.accelerator, [judge, guard, Progress(judge, show), *boards])
+    trainer.fit(attack, Frozen(leak, cases[0].steps))
+    cost, whence = (
+        meter.stop(len(cases)),
+        {**provenance.facts(device), **_known(cases[0]), "closure": closure},
+    )
+    records = [
+        replace(score(case, attack, judge, row, guard.verdicts[row]), cost=cost, provenance=whence)
+        for row, case in enumerate(cases)
+    ]
+    for record, logger in zip(records, loggers, strict=bool(loggers)):
+        logger.log_hyperparams(_flat(record.case), {f"final/{k}": v for k, v in finals(record).items()})
         logger.finalize("success")
-    return record, pictures(judge, attack.result)
+    return [(record, pictures(judge, attack.result, row)) for row, record in enumerate(records)]
 
 
-def attack_on(case: Case, network: Network) -> Attack:
-    """The attack of one case, with the attacker's own randomness."""
-    generator = torch.Generator().manual_seed(stream(case, "attack"))
-    attack: Attack = ATTACKS.make(case.attack, network, Task(*case.shape, case.classes, [generator]))
+def _clients(cases: Sequence[Case], secrets: Sequence[Secret], device: torch.device) -> tuple[Network, Leak]:
+    """A network for the attack, whose weights no one uses, and what every client has shared."""
+    networks = [network_of(case).to(device) for case in cases]
+    leaks = [leak_of(*client, device) for client in zip(cases, networks, secrets, strict=True)]
+    return networks[0], stack(leaks)
+
+
+def attack_on(cases: Sequence[Case], network: Network) -> Attack:
+    """The attack of some cases, each with the attacker's own randomness."""
+    generators = [torch.Generator().manual_seed(stream(case, "attack")) for case in cases]
+    task = Task(*cases[0].shape, cases[0].classes, generators)
+    attack: Attack = ATTACKS.make(cases[0].attack, network, task)
     return attack
 
 
-def _failure(case: Case, status: Status, error: BaseException, device: torch.device) -> Record:
+def _failure(case: Case, error: Exception, device: torch.device) -> Record:
     place = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    status: Status = "oom" if full else "error"  # the last is what torch's CPU allocator says
     return Record(case=case, status=status, reason=reason, provenance=provenance.facts(device))
+
+
+def _identity(case: Case) -> str:
+    """What the code of a closure depends on, of all that a case says."""
+    parts = (case.network, case.attack, case.shape, case.classes, case.dtype)
+    return " ".join(map(str, parts))
+
+
+def _known(case: Case) -> dict[str, Any]:
+    """What the attack presumes, for the record's provenance."""
+    return {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
 
 
 def device_of(accelerator: str) -> torch.device:
     """The device that Lightning chooses; raises what it raises where there is none."""
-    return trainer_on(accelerator, None, []).strategy.root_device
+    return trainer_on(accelerator, []).strategy.root_device
 
 
-def trainer_on(
-    accelerator: str, logger: TensorBoardLogger | None, callbacks: list[pl.Callback]
-) -> pl.Trainer:
+def trainer_on(accelerator: str, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A Trainer that runs one epoch, one step a batch, and adds nothing of its own."""
     return pl.Trainer(
-        accelerator=accelerator, devices=1, max_epochs=1, logger=logger or False, callbacks=callbacks,
-        log_every_n_steps=1,
+        accelerator=accelerator, devices=1, max_epochs=1, logger=False, callbacks=callbacks,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
 
-def _logger(case: Case, folder: Path | None) -> TensorBoardLogger | None:
-    if folder is None:
-        return None
+def _logger(case: Case, folder: Path) -> TensorBoardLogger:
     shutil.rmtree(folder / case.id, ignore_errors=True)  # what a killed trial left would be drawn twice
     return TensorBoardLogger(folder, name="", version=case.id, default_hp_metric=False)
 

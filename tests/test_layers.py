@@ -12,10 +12,12 @@ import dlgbench
 
 FLOORS: Sequence[set[str]] = (
     {"", "errors", "exits", "text"},
-    {"registry", "images", "provenance", "signals", "doctor"},
+    {"registry", "images", "provenance", "linesearch", "batchnorm", "doctor"},
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
     {"leak", "case"},
+    {"closures"},
+    {"compiler"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.*", "victims", "leaderboard", "listing"},
     {"callbacks", "columns", "plots"},

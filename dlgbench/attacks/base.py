@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from dlgbench.closures import Closure, Values, width_for
 from dlgbench.leak import Leak, Tensors, gradients, squared_distance, squared_norm
 from dlgbench.prepare import Network
 
@@ -44,13 +45,16 @@ class Attack(pl.LightningModule, ABC):
 
     It is given a network, a task and, batch by batch, a `Leak`: never a `Secret`.  A subclass says
     where to `start`, what the `distance` is, and with which optimiser.  All tensors have a leading
-    ``case`` dimension; ``distance`` is a function of one case.
+    ``case`` dimension; ``distance`` is a pure function of one case, which is batched and compiled.
     """
 
     dummy_images: nn.Parameter
     """``(case, image, channel, height, width)``, in the units of the network's normalised input."""
     dummy_labels: nn.Parameter
     """Logits, ``(case, image, class)``."""
+    active: Tensor
+    """Which cases the next closure has to evaluate, ``(case,)`` on the CPU.  A guard may clear entries
+    between steps; the optimiser may, while a step runs."""
     result: Reconstruction
     """What was found, on the CPU; there is one once the training has ended."""
 
@@ -65,9 +69,13 @@ class Attack(pl.LightningModule, ABC):
         self.best_images = self.dummy_images.detach().clone()
         self.best_labels = self.dummy_labels.detach().clone()
         self.best_objective = torch.full((len(starts),), torch.inf, dtype=dtype)
+        self.active = torch.ones(len(starts), dtype=torch.bool)
+        width = width_for(task.image * task.height * task.width, network.mean.device)
+        self.closure = Closure(self.objective, min(width, len(starts)))
         self.trace: list[Tensor] = []
-        self.closures = 0
+        self.closures = torch.zeros(len(starts), dtype=torch.long)
         self._at_new_iterate = True
+        self._gathered: tuple[list[int], Leak] | None = None
 
     @abstractmethod
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -85,10 +93,41 @@ class Attack(pl.LightningModule, ABC):
         """Dummies as images whose pixels are meant to lie in [0, 1]."""
         return dummies * self.network.std + self.network.mean
 
-    def objectives(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """The objective of every case, ``(case,)``, for dummies of all cases."""
-        rows = zip(self.pixels(images), labels, self._rows(leak), strict=True)
-        return torch.stack([self.distance(*row) for row in rows])
+    def objective(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
+        """The objective of one case's dummies, a scalar."""
+        return self.distance(self.pixels(images), labels, leak)
+
+    def evaluate(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
+        """Objectives and gradients of all cases; NaN and 0 for those that are not active."""
+        wanted = self.active.nonzero().squeeze(1).tolist()
+        rows = wanted + wanted[:1] * (self.closure.rounded(len(wanted)) - len(wanted))
+        every = rows == list(range(len(self.active)))
+        chosen = (images, labels) if every else (images[rows], labels[rows])
+        values = self.closure(*chosen, self.seen(leak, rows))
+        if every:
+            return values
+        whole = Values(self.best_objective * torch.nan, torch.zeros_like(images), torch.zeros_like(labels))
+        for all_cases, some in zip(whole, values, strict=True):
+            all_cases[wanted] = some[: len(wanted)]
+        return whole
+
+    def seen(self, leak: Leak, rows: list[int]) -> Leak:
+        """The leak of ``rows``, with a fresh draw for every dropout mask that it does not hold."""
+        some = leak if rows == list(range(len(self.active))) else self._gather(leak, rows)
+        if not self.network.has_masks:
+            return some
+        draws = [self.network.draw_masks(self.generators[row]) for row in rows]
+        masks = {name: torch.stack([draw[name] for draw in draws]).to(self.device) for name in draws[0]}
+        return some._replace(buffers={**masks, **some.buffers})
+
+    def example(self, leak: Leak) -> tuple[Tensor, Tensor, Leak]:
+        """Arguments such as the closure will get, for measuring and compiling it; nothing is drawn."""
+        some, device = leak.rows(slice(self.closure.width)), self.network.mean.device
+        masks = self.network.draw_masks(torch.Generator()) if self.network.has_masks else {}
+        drawn = {name: torch.stack([mask] * self.closure.width).to(device) for name, mask in masks.items()}
+        dummies = (self.dummy_images, self.dummy_labels)
+        images, labels = (tensor.detach()[: self.closure.width].to(device) for tensor in dummies)
+        return images, labels, some._replace(buffers={**drawn, **some.buffers})
 
     def on_fit_start(self) -> None:
         self.best_images, self.best_labels, self.best_objective = (
@@ -101,26 +140,28 @@ class Attack(pl.LightningModule, ABC):
 
     def training_step(self, leak: Leak, step: int) -> Tensor:
         """One closure: the objective of every case, ``(case,)``."""
-        self.closures += 1
-        objective = self.objectives(self.dummy_images, self.dummy_labels, leak)
+        self.closures += self.active
+        values = self.evaluate(self.dummy_images.detach(), self.dummy_labels.detach(), leak)
         if self._at_new_iterate:  # the optimiser's first closure of a step is at the iterate itself
             self._at_new_iterate = False
-            self.keep(objective.detach())
-        return objective
+            self.keep(values.objective)
+        self._values = values
+        return values.objective
+
+    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
+        self.dummy_images.grad, self.dummy_labels.grad = self._values.images, self._values.labels
 
     def on_train_end(self) -> None:
         """Evaluate the last iterate too, and return to the best of all."""
-        leak = self._leak
+        leak, cases = self._leak, range(len(self.active))
+        self.active.fill_(True)
+        self.keep(self.evaluate(self.dummy_images.detach(), self.dummy_labels.detach(), leak).objective)
+        objective = self.evaluate(self.best_images, self.best_labels, leak).objective
+        images, labels = self.pixels(self.best_images), self.best_labels.softmax(-1)
         with torch.no_grad():
-            self.keep(self.objectives(self.dummy_images, self.dummy_labels, leak))
-            objective = self.objectives(self.best_images, self.best_labels, leak)
-            images, labels = self.pixels(self.best_images), self.best_labels.softmax(-1)
-            rows = zip(images, labels, self._rows(leak), strict=True)
-            relative = torch.stack([self._relative(*row) for row in rows])
+            seen = self.seen(leak, list(cases))
+            relative = torch.stack([self._relative(images[i], labels[i], seen.row(i)) for i in cases])
         self.result = Reconstruction(images.cpu(), labels.cpu(), objective.cpu(), relative.cpu())
-
-    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
-        torch.autograd.backward(loss.sum(), inputs=[self.dummy_images, self.dummy_labels])
 
     def keep(self, objective: Tensor) -> None:
         """Note the objective at the current iterate, and the iterate where it is the best so far."""
@@ -134,18 +175,15 @@ class Attack(pl.LightningModule, ABC):
             _like(better, self.best_labels), self.dummy_labels.detach(), self.best_labels
         )
 
+    def _gather(self, leak: Leak, rows: list[int]) -> Leak:
+        """The leak of ``rows``, copied anew only where they are not those of the last call."""
+        if self._gathered is None or self._gathered[0] != rows:
+            self._gathered = rows, leak.rows(torch.tensor(rows, device=self.device))
+        return self._gathered[1]
+
     def _relative(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         ours = self.gradients(images, labels, leak)
         return squared_distance(ours, leak.gradients) / squared_norm(leak.gradients)
-
-    def _rows(self, leak: Leak) -> Iterator[Leak]:
-        return (self._with_masks(leak.row(case), case) for case in range(len(self.generators)))
-
-    def _with_masks(self, leak: Leak, case: int) -> Leak:
-        """The leak with a fresh draw for every dropout mask that it does not hold."""
-        drawn = self.network.draw_masks(self.generators[case])
-        masks = {name: mask.to(self.device) for name, mask in drawn.items()}
-        return leak._replace(buffers={**masks, **leak.buffers})
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlgbench.attacks.base import Attack, Task
 from dlgbench.leak import Leak, squared_distance
+from dlgbench.optim import LBFGS
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
 
@@ -39,7 +40,8 @@ class DLG(Attack):
     ) -> None:
         super().__init__(network, task)
         self.optimizer = partial(
-            torch.optim.LBFGS, lr=learning_rate, history_size=history, max_iter=iterations,
+            LBFGS, active=self.active,
+            lr=learning_rate, history_size=history, max_iter=iterations,
             tolerance_grad=tolerance_gradient, tolerance_change=tolerance_change,
         )  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""The objectives of many cases and their gradients in one call: batched, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dlgbench.leak import Leak
+
+Objective = Callable[[Tensor, Tensor, Leak], Tensor]
+"""Of one case: dummy images ``(image, channel, height, width)``, labels ``(image, class)`` → scalar."""
+WIDTH = {"cpu": 8, "cuda": 256}
+"""How many 32 px images one call takes, by device: on two CPU cores, more gain nothing (LeNet)."""
+
+
+class Values(NamedTuple):
+    """The objectives of some cases, ``(case,)``, and their gradients in the dummies, shaped like these."""
+
+    objective: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+class Closure:
+    """Evaluates ``objective`` and its gradient for many cases, at most ``width`` in one call.
+
+    It starts eager.  After `load` it is compiled code, whose every call takes exactly ``width``
+    cases: `rounded` says how many to give it.
+    """
+
+    def __init__(self, objective: Objective, width: int = 1) -> None:
+        self.width = width
+        self._one = torch.func.grad_and_value(objective, argnums=(0, 1))
+        self._compiled: Callable[..., Sequence[Tensor]] | None = None
+
+    @property
+    def engine(self) -> str:
+        """What evaluates, for the records."""
+        return "compiled" if self._compiled else "eager"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
+        """All arguments have a leading ``case`` dimension; nothing of the result can be differentiated."""
+        calls = [slice(i, i + self.width) for i in range(0, len(images), self.width)]
+        parts = [self._call(images[rows], labels[rows], leak.rows(rows)) for rows in calls]
+        return Values(*map(torch.cat, zip(*parts, strict=True)))
+
+    def rounded(self, cases: int) -> int:
+        """How many cases to give a call of which ``cases`` are wanted."""
+        return -(-cases // self.width) * self.width if self._compiled else cases
+
+    def compile(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
+        """Compile for ``width`` cases such as these into the file ``path``; raises whatever goes wrong.
+
+        The whole evaluation, second derivatives included, becomes one graph without autograd and
+        without what nobody uses of its results.
+        """
+        flat, shape = tree_flatten((images, labels, leak))
+        graph = make_fx(lambda *flat: self._eager(*tree_unflatten(list(flat), shape)))(*flat)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        exported = torch.export.export(graph, tuple(flat))
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+
+    def load(self, path: Path) -> None:
+        """Use what `compile` has left in ``path``."""
+        self._compiled = torch._inductor.aoti_load_package(str(path))
+
+    def _call(self, *arguments: Any) -> Sequence[Tensor]:
+        return self._compiled(*tree_flatten(arguments)[0]) if self._compiled else self._eager(*arguments)
+
+    def _eager(self, images: Tensor, labels: Tensor, leak: Leak) -> tuple[Tensor, Tensor, Tensor]:
+        if len(images) == 1:  # without vmap, which makes grouped convolutions of all
+            gradients, value = self._one(images[0], labels[0], leak.row(0))
+            return value[None], gradients[0][None], gradients[1][None]
+        gradients, values = torch.func.vmap(self._one)(images, labels, leak)
+        return values, *gradients
+
+
+def width_for(pixels: int, device: torch.device) -> int:
+    """How many cases one call takes whose private images have so many pixels together."""
+    return max(1, WIDTH.get(device.type, 1) * 32**2 // pixels)

@@ -1,0 +1,125 @@
+"""When to compile a closure, and where the compiled code is kept for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import dlgbench
+from dlgbench.closures import Closure
+from dlgbench.leak import Leak
+from dlgbench.provenance import device_name
+
+Mode = Literal["auto", "on", "off"]
+SAVED = 0.5
+"""The share of a closure's eager time that compiling saves at least: 0.49 to 0.73 were measured on two
+CPU cores for the five networks (`dlgbench bench`)."""
+
+
+def expected_seconds(leak: Leak) -> float:
+    """What compiling will take: measured on two CPU cores, 10 to 30 s for LeNet, 200 s for DenseNet-121."""
+    return 10 + 0.55 * len(leak.weights)
+
+
+def folder() -> Path:
+    """``$XDG_CACHE_HOME/dlgbench`` or ``~/.cache/dlgbench``, which nobody else may write to."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(home) / "dlgbench"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+@dataclass
+class Compiler:
+    """Compiles closures where the mode says so: ``auto`` where the calls to come will repay it.
+
+    Where that fails, it says so once through ``tell`` and leaves every closure eager.
+    """
+
+    mode: Mode = "off"
+    tell: Callable[[str], None] = warnings.warn
+    broken: bool = field(default=False, init=False)
+
+    def prepare(
+        self, closure: Closure, identity: str, example: tuple[Any, Any, Leak], calls: int
+    ) -> dict[str, Any]:
+        """Make ``closure`` ready for ``calls`` calls with arguments like ``example``; returns what it did.
+
+        ``identity`` is what the code depends on beside this package, torch, the device and the width.
+        """
+        if self.mode == "off" or self.broken:
+            return {"engine": closure.engine}
+        path = folder() / f"{_key(identity, closure.width, example[0].device)}.pt2"
+        facts: dict[str, Any] = {"width": closure.width}
+        if not path.exists():
+            eager, expected = _seconds(closure, example), expected_seconds(example[2])
+            facts |= {
+                "eager_call_seconds": eager,
+                "compile_expected_seconds": expected,
+                "calls_to_come": calls,
+            }
+            if self.mode == "auto" and calls * eager * SAVED < expected:
+                return {"engine": closure.engine, **facts}
+            facts["compile_seconds"] = self._compile(closure, path, example)
+        if path.exists():
+            closure.load(path)
+        return {"engine": closure.engine, **facts}
+
+    def _compile(self, closure: Closure, path: Path, example: tuple[Any, Any, Leak]) -> float:
+        started = time.perf_counter()
+        unfinished = path.with_suffix(f".{os.getpid()}.pt2")
+        try:
+            with _quiet():
+                closure.compile(unfinished, *example)
+            unfinished.replace(path)
+        except Exception as error:  # of torch's, of the compiler's, of the system's: all end the same way
+            self.broken = True
+            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            self.tell(f"could not compile, going on without ({type(error).__name__}: {reason})")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return round(time.perf_counter() - started, 1)
+
+
+def _seconds(closure: Closure, example: tuple[Any, Any, Leak]) -> float:
+    started = time.perf_counter()
+    float(closure(*example).objective[0])  # waits for the device
+    return round(time.perf_counter() - started, 4)
+
+
+def _key(identity: str, width: int, device: torch.device) -> str:
+    parts = (identity, width, device.type, device_name(device), torch.__version__, _sources())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+@cache
+def _sources() -> str:
+    """A digest of this package: whatever changes in it may change what a closure computes."""
+    files = sorted(Path(dlgbench.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's compiler to itself, and its files out of the shared ``/tmp``."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder() / "inductor"))
+    logger = logging.getLogger("torch")
+    level, before = logging.ERROR, logger.level
+    logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,271 @@
+"""L-BFGS on many problems at once: every leading row of the parameters is a problem of its own.
+
+The algorithm and its constants are those of ``torch.optim.LBFGS``.  The direction comes from the
+compact representation of Byrd, Nocedal and Schnabel 1994, "Representations of quasi-Newton matrices
+and their use in limited memory methods", theorem 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from dlgbench.errors import UsageError
+from dlgbench.linesearch import Point, Search, strong_wolfe
+
+CURVATURE = 1e-10
+"""A pair (s, y) is remembered where s.y is above this, as in ``torch.optim.LBFGS``."""
+
+
+class _Values(NamedTuple):
+    """The objective of every row, ``(row,)`` on the CPU, and its gradient, ``(row, number)``."""
+
+    objective: Tensor
+    gradient: Tensor
+
+
+class LBFGS(torch.optim.Optimizer):
+    """``torch.optim.LBFGS`` for every leading row of ``params``, each row as if it were alone.
+
+    ``active``, ``(row,)`` booleans on the CPU, says which rows to optimise; while a step runs it is
+    narrowed to the rows whose objective and gradient the next closure must give, and afterwards it
+    is as before.  ``line_search`` is torch's ``strong_wolfe``; the other options are torch's.  A row
+    whose objective is no longer finite stops where that happened.
+
+    With n numbers in a row and m = ``history_size``, a row needs 2mn + O(m^2) numbers of memory, and
+    an iteration O(mn + m^2) time: it reads the 2mn numbers of the history twice.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float = 1.0,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search: bool = False,
+        active: Tensor | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr})
+        self._params: list[Tensor] = self.param_groups[0]["params"]
+        counts = sorted({len(parameter) for parameter in self._params})
+        if len(self.param_groups) != 1 or len(counts) != 1:
+            raise UsageError(
+                "L-BFGS: expected one group of parameters that have equally many rows, "
+                f"got {len(self.param_groups)} groups with {counts} rows"
+            )
+        self.active = torch.ones(counts[0], dtype=torch.bool) if active is None else active
+        self.max_iter = max_iter
+        self.max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
+        self.tolerance_grad = tolerance_grad
+        self.tolerance_change = tolerance_change
+        self.line_search = line_search
+        numbers = _flat(self._params)
+        self._history = _History(history_size, numbers)
+        self._direction, self._gradient = torch.zeros_like(numbers), torch.zeros_like(numbers)
+        self._length = torch.zeros(counts[0], dtype=torch.float64)
+        self._begun = torch.zeros(counts[0], dtype=torch.bool)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """At most ``max_iter`` iterations of every active row.
+
+        ``closure`` gives the objective of every row, ``(row,)``, and sets the parameters' ``.grad``;
+        what it gives for rows that are not active is ignored.  Returns its first answer.
+        """
+        answers: list[Tensor] = []
+
+        def evaluate() -> _Values:
+            with torch.enable_grad():
+                answers.append(closure())
+            gradients = [cast(Tensor, parameter.grad) for parameter in self._params]
+            return _Values(answers[-1].detach().double().cpu(), _flat(gradients))
+
+        running, evaluations = self.active.clone(), torch.ones(len(self.active), dtype=torch.long)
+        here = evaluate()
+        self.active &= ~(_largest(here.gradient) <= self.tolerance_grad)
+        for iteration in range(1, self.max_iter + 1):
+            slope = self._advise(here)
+            self.active &= ~(slope > -self.tolerance_change)
+            if not self.active.any():
+                break
+            if self.line_search:
+                there = self._search(here, slope, evaluations, evaluate)
+            elif iteration < self.max_iter:
+                self._move(self._length)
+                there = evaluate()
+                evaluations += 1
+            else:  # nobody needs the values there: the next step begins with them
+                self._move(self._length)
+                break
+            self._stop(here, there, evaluations)
+            here = there
+        self.active.copy_(running)
+        return answers[0]
+
+    def _advise(self, here: _Values) -> Tensor:
+        """Note the active rows' directions and first step lengths; returns the slopes, ``(row,)``."""
+        slope = torch.zeros(len(self.active), dtype=torch.float64)
+        rows = self.active.nonzero().squeeze(1)
+        if len(rows) == 0:
+            return slope
+        gradient, old = here.gradient[rows], self._direction[rows]
+        s = old * self._length[rows].to(old)[:, None]
+        direction = self._history.direction(rows, s, gradient - self._gradient[rows], gradient)
+        first = (1 / gradient.abs().sum(1)).clamp(max=1.0).double().cpu()
+        rate = float(self.param_groups[0]["lr"])
+        self._length[rows] = rate * torch.where(self._begun[rows], 1.0, first)
+        self._begun[rows] = True
+        self._direction[rows], self._gradient[rows] = direction, gradient
+        slope[rows] = (gradient * direction).sum(1).double().cpu()
+        return slope
+
+    def _stop(self, here: _Values, there: _Values, evaluations: Tensor) -> None:
+        """Which rows have arrived: torch's conditions, and values that are no numbers."""
+        moved = _largest(self._direction).double() * self._length.abs()
+        self.active &= ~(
+            (evaluations >= self.max_eval)
+            | (_largest(there.gradient) <= self.tolerance_grad)
+            | (moved <= self.tolerance_change)
+            | ((there.objective - here.objective).abs() < self.tolerance_change)
+            | ~there.objective.isfinite()
+        )
+
+    def _move(self, length: Tensor) -> None:
+        """Move the active rows by ``length``, ``(row,)``, along their directions."""
+        active = self.active.to(self._direction.device)[:, None]
+        move = torch.where(active, length.to(self._direction)[:, None] * self._direction, 0)
+        sizes = [parameter[0].numel() for parameter in self._params]
+        for parameter, part in zip(self._params, torch.split(move, sizes, 1), strict=True):
+            parameter += part.view_as(parameter)
+
+    def _search(
+        self, here: _Values, slope: Tensor, evaluations: Tensor, evaluate: Callable[[], _Values]
+    ) -> _Values:
+        """Search along every active row's line, all rows at once, and move to the points found."""
+        moving, start = self.active.clone(), [parameter.clone() for parameter in self._params]
+        objective, gradient = here.objective.clone(), here.gradient.clone()
+        searches = self._searches(here, slope, evaluations)
+        trial = self._length.clone()
+        for row, search in searches.items():
+            trial[row] = next(search)
+        while self.active.any():
+            self._move(trial)
+            there = evaluate()
+            for parameter, values in zip(self._params, start, strict=True):
+                parameter.copy_(values)
+            evaluations += self.active
+            slopes = (there.gradient * self._direction).sum(1).tolist()
+            for row in self.active.nonzero().squeeze(1).tolist():
+                values = float(trial[row]), float(there.objective[row]), slopes[row], there.gradient[row]
+                try:
+                    trial[row] = searches[row].send(Point(*values))
+                except StopIteration as end:
+                    best: Point = end.value
+                    self._length[row], objective[row], gradient[row] = (
+                        best.step,
+                        best.objective,
+                        best.gradient,
+                    )
+                    self.active[row] = False
+        self.active.copy_(moving)
+        self._move(self._length)
+        return _Values(objective, gradient)
+
+    def _searches(self, here: _Values, slope: Tensor, evaluations: Tensor) -> dict[int, Search]:
+        shortest = self.tolerance_change / _largest(self._direction).double()
+        return {
+            row: strong_wolfe(
+                Point(0.0, float(here.objective[row]), float(slope[row]), here.gradient[row]),
+                float(self._length[row]),
+                float(shortest[row]),
+                self.max_eval - int(evaluations[row]),
+            )
+            for row in self.active.nonzero().squeeze(1).tolist()
+        }
+
+
+class _History:
+    """The last ``size`` pairs (s, y) of every row, and the product of H with a gradient.
+
+    The pairs are a ring buffer, and so are the small matrices, in the same order of slots.  Instead
+    of R (theorem 2.2) its inverse is kept: a new pair adds a column to it and the oldest leaves by
+    its row and column, so no triangular system has to be solved.  Slots not yet used are zero.
+    """
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        rows, numbers = like.shape
+        small = like.new_zeros((), dtype=torch.float64)
+        self.size = size
+        self.pairs = like.new_zeros(rows, 2 * size, numbers)  # every s, then every y
+        self.inverse = small.new_zeros(rows, size, size)  # R^-1
+        self.products = small.new_zeros(rows, 2, size)  # of every pair with the gradient seen last
+        self.yy = small.new_zeros(rows, size, size)
+        self.curvature = small.new_zeros(rows, size)  # the diagonal of R: s.y of every pair
+        self.scale = small.new_ones(rows, 1)  # gamma: H's first guess is gamma times the identity
+        self.slot = torch.zeros(rows, dtype=torch.long, device=like.device)
+
+    def direction(self, rows: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+        """``-H gradient`` of ``rows``, after their new pairs; all ``(row, number)``."""
+        kept = ((s * y).sum(1) > CURVATURE).nonzero().squeeze(1)
+        owners, slots = rows.to(self.slot.device)[kept], self.slot[rows[kept]]
+        self.pairs[owners, slots], self.pairs[owners, slots + self.size] = s[kept], y[kept]
+        products = self._products(rows, gradient)
+        change = products - self.products[rows]  # the products with y, for all pairs but the new
+        change[kept, :, slots] = torch.stack([s[kept], y[kept]], 1).mul(y[kept, None]).sum(2).double()
+        self.products[rows] = products
+        self._extend(owners, slots, change[kept])
+        return self._product(rows, gradient, products)
+
+    def _extend(self, owners: Tensor, slots: Tensor, products: Tensor) -> None:
+        """Put the new pairs' columns into the small matrices; ``products`` are those with the new y."""
+        each, (sy, yy) = torch.arange(len(owners), device=owners.device), products.unbind(1)
+        curvature, inverse = sy[each, slots], self.inverse[owners]
+        inverse[each, slots], inverse[each, :, slots] = 0.0, 0.0  # the oldest pair leaves
+        column = -(inverse @ sy[:, :, None]).squeeze(2) / curvature[:, None]
+        column[each, slots] = 1 / curvature
+        inverse[each, :, slots] = column
+        self.inverse[owners], self.curvature[owners, slots] = inverse, curvature
+        self.yy[owners, slots], self.yy[owners, :, slots] = yy, yy
+        self.scale[owners, 0] = curvature / yy[each, slots]
+        self.slot[owners] = (slots + 1) % self.size
+
+    def _product(self, rows: Tensor, gradient: Tensor, products: Tensor) -> Tensor:
+        """Theorem 2.2, read from right to left; ``products`` are those of the pairs with the gradient."""
+        (sg, yg), scale, inverse = products.unbind(1), self.scale[rows], self.inverse[rows]
+        u = (inverse @ sg[:, :, None]).squeeze(2)
+        v = self.curvature[rows] * u + scale * ((self.yy[rows] @ u[:, :, None]).squeeze(2) - yg)
+        w = (v[:, None] @ inverse).squeeze(1)
+        weights = torch.cat([-w, scale * u], 1).to(gradient)
+        parts = [torch.bmm(weights[there, None], self.pairs[here]) for there, here in _runs(rows)]
+        return torch.cat(parts).squeeze(1) - scale.to(gradient) * gradient
+
+    def _products(self, rows: Tensor, gradient: Tensor) -> Tensor:
+        """Of all pairs with the gradients, ``(row, s or y, slot)``."""
+        parts = [torch.bmm(gradient[there, None], self.pairs[here].mT) for there, here in _runs(rows)]
+        return torch.cat(parts).double().view(len(rows), 2, self.size)
+
+
+def _runs(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Consecutive ``rows`` as slices of themselves and of the whole: so no history is ever copied."""
+    start, numbers = 0, rows.tolist()
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield slice(start, end), slice(numbers[start], numbers[end - 1] + 1)
+            start = end
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """``(row, number)``."""
+    return torch.cat([tensor.detach().flatten(1) for tensor in tensors], 1)
+
+
+def _largest(numbers: Tensor) -> Tensor:
+    """The largest absolute value of every row, on the CPU; NaN where there is one."""
+    return numbers.abs().amax(1).cpu()

@@ -1,0 +1,185 @@
+"""L-BFGS of many rows, against `torch.optim.LBFGS` on each row alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlgbench.errors import UsageError
+from dlgbench.linesearch import Point, cubic_minimum
+from dlgbench.optim import LBFGS
+
+N = 12
+Objective = Callable[[Tensor], Tensor]
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    return (100 * (x[..., 1:] - x[..., :-1] ** 2) ** 2 + (1 - x[..., :-1]) ** 2).sum(-1)
+
+
+def quartic(x: Tensor) -> Tensor:
+    scales = torch.logspace(-1, 2, x.shape[-1], dtype=x.dtype)
+    return (scales * x**2).sum(-1) + (x**4).sum(-1)
+
+
+def wavy(x: Tensor) -> Tensor:
+    return (x**2 / 20 + x.sin()).sum(-1) + (x[..., 1:] * x[..., :-1]).sum(-1) / 9
+
+
+def starts(rows: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return scale * torch.randn(rows, N, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def torch_alone(f: Objective, x: Tensor, steps: int, **options: object) -> tuple[list[Tensor], list[int]]:
+    """The iterates after each step of torch's own optimiser, and how often it asked in each."""
+    parameter = x.clone().requires_grad_()
+    search = "strong_wolfe" if options.pop("line_search", False) else None
+    optimizer = torch.optim.LBFGS([parameter], line_search_fn=search, **options)  # type: ignore[arg-type]
+    iterates, counts, count = [], [], 0
+
+    def closure() -> float:
+        nonlocal count
+        count += 1
+        optimizer.zero_grad()
+        value = f(parameter)
+        value.backward()  # type: ignore[no-untyped-call]
+        return float(value.detach())
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        iterates.append(parameter.detach().clone())
+        counts.append(count)
+    return iterates, counts
+
+
+def rowwise(f: Objective, x: Tensor, steps: int, **options: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of ours, for all rows at once, with the parameters in two pieces."""
+    pieces = [x[:, :5].clone().requires_grad_(), x[:, 5:].clone().view(len(x), -1, 1).requires_grad_()]
+    optimizer = LBFGS(pieces, **options)  # type: ignore[arg-type]
+    count = torch.zeros(len(x), dtype=torch.long)
+    iterates, counts = [], []
+
+    def whole() -> Tensor:
+        return torch.cat([piece.flatten(1) for piece in pieces], 1)
+
+    def closure() -> Tensor:
+        count.add_(optimizer.active)
+        optimizer.zero_grad()
+        values = f(whole())
+        values.sum().backward()  # type: ignore[no-untyped-call]
+        poison = torch.where(optimizer.active, 0.0, torch.nan)  # what it gives for others must not matter
+        for piece in pieces:
+            assert piece.grad is not None
+            piece.grad += poison.to(piece).view(-1, *(1,) * (piece.dim() - 1))
+        return values.detach() + poison.to(values)
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        iterates.append(whole().detach().clone())
+        counts.append(count.clone())
+    return iterates, counts
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("f", [rosenbrock, quartic, wavy])
+@pytest.mark.parametrize("history_size", [3, 100])
+def test_every_row_equals_torch_alone_in_double_precision(
+    f: Objective, line_search: bool, history_size: int
+) -> None:
+    options = {"line_search": line_search, "history_size": history_size, "lr": 1.0 if line_search else 0.01}
+    x = starts(5, torch.float64)
+    ours, counts = rowwise(f, x, 2, **options)  # 40 iterations: rounding grows in each
+    for row in range(5):
+        theirs, asked = torch_alone(f, x[row], 2, **options)
+        assert [int(count[row]) for count in counts] == asked
+        for mine, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine[row], reference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+def test_every_row_equals_torch_alone_in_single_precision(line_search: bool) -> None:
+    options = {"line_search": line_search, "history_size": 10, "max_iter": 8}
+    x = starts(4, torch.float32, 0.3)
+    ours, counts = rowwise(quartic, x, 2, **options)
+    for row in range(4):
+        theirs, asked = torch_alone(quartic, x[row], 2, **options)
+        assert [int(count[row]) for count in counts] == asked
+        torch.testing.assert_close(ours[-1][row], theirs[-1], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tolerance_grad": 1e-1},
+        {"tolerance_change": 1e-3},
+        {"tolerance_change": 0.0, "tolerance_grad": 0.0, "max_iter": 4},
+        {"max_eval": 3},
+        {"max_iter": 1},
+        {"lr": 0.5},
+    ],
+)
+@pytest.mark.parametrize("line_search", [False, True])
+def test_rows_stop_where_torch_stops(options: dict[str, object], line_search: bool) -> None:
+    x = starts(4, torch.float64, 0.5)
+    ours, counts = rowwise(wavy, x, 3, line_search=line_search, **options)
+    for row in range(4):
+        theirs, asked = torch_alone(wavy, x[row], 3, line_search=line_search, **options)
+        assert [int(count[row]) for count in counts] == asked
+        torch.testing.assert_close(ours[-1][row], theirs[-1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+def test_a_row_of_nan_changes_no_other(line_search: bool) -> None:
+    x = starts(4, torch.float64)
+    clean, _ = rowwise(wavy, x, 3, line_search=line_search)
+    x[1] = torch.nan
+    spoilt, _ = rowwise(wavy, x, 3, line_search=line_search)
+    others = [0, 2, 3]
+    torch.testing.assert_close(clean[-1][others], spoilt[-1][others], rtol=1e-9, atol=1e-9)
+    assert spoilt[-1][1].isnan().all()
+
+
+def test_a_row_that_blows_up_stops_there() -> None:
+    def cliff(x: Tensor) -> Tensor:
+        return torch.where(x[:, 0] < -1, torch.inf, 1.0) * (x**2).sum(-1)
+
+    x = torch.full((2, N), 0.5, dtype=torch.float64)
+    x[0, 0] = -0.99
+    _, counts = rowwise(lambda x: cliff(x) + x[:, 0] * 100, x, 1, lr=10.0)
+    assert int(counts[0][0]) == 2
+
+
+def test_rows_left_out_stay_where_they_are() -> None:
+    x = starts(3, torch.float64)
+    parameter, active = x.clone().requires_grad_(), torch.tensor([True, False, True])
+    optimizer = LBFGS([parameter], active=active)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        values = wavy(parameter)
+        values.sum().backward()  # type: ignore[no-untyped-call]
+        return values.detach()
+
+    optimizer.step(closure)
+    assert torch.equal(parameter[1], x[1])
+    assert not torch.equal(parameter[0], x[0])
+    assert active.tolist() == [True, False, True]
+
+
+def test_rows_that_do_not_match_are_refused() -> None:
+    with pytest.raises(UsageError, match="equally many rows"):
+        LBFGS([nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3, 3))])
+
+
+def test_the_cubic_minimum_is_that_of_the_cubic() -> None:
+    def point(t: float) -> Point:
+        return Point(t, t**3 - 2 * t**2 - 5 * t + 1, 3 * t**2 - 4 * t - 5, torch.zeros(0))
+
+    least = (4 + (16 + 60) ** 0.5) / 6
+    assert cubic_minimum(point(0.0), point(3.0)) == pytest.approx(least)
+    assert cubic_minimum(point(3.0), point(0.0)) == pytest.approx(least)
+    assert cubic_minimum(point(0.0), point(1.0)) == 1.0
