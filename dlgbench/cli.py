@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--format", choices=("rich", "md", "csv", "tex"), default="rich", help="default: rich")
     show = _command(commands, "show", show_record, "show everything that is known of one trial")
     show.add_argument("id", metavar="ID", help="the record's id, or its first digits")
+    measure = _command(commands, "bench", bench, "measure the engine beside a textbook loop")
+    measure.add_argument("--short", action="store_true", help="LeNet alone, a minute or two")
     _command(commands, "doctor", doctor, "say what is wrong with this installation, and the remedy")
     return top
 
@@ -207,6 +209,14 @@ def show_record(options: argparse.Namespace) -> int:
     else:
         views.print_record(_console(options), record)
     return exits.OK
+
+
+def bench(options: argparse.Namespace) -> int:
+    """``dlgbench bench``."""
+    _quiet()
+    from dlgbench import bench
+
+    return bench.run(options, _console(options))
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -40,9 +40,9 @@ class Closure:
         self._compiled: Callable[..., Sequence[Tensor]] | None = None
 
     @property
-    def engine(self) -> str:
-        """What evaluates, for the records."""
-        return "compiled" if self._compiled else "eager"
+    def facts(self) -> dict[str, Any]:
+        """How it evaluates, for the records: results depend on it by rounding."""
+        return {"closure": "compiled" if self._compiled else "eager", "closure_width": self.width}
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
@@ -55,17 +55,21 @@ class Closure:
         """How many cases to give a call of which ``cases`` are wanted."""
         return -(-cases // self.width) * self.width if self._compiled else cases
 
-    def compile(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
-        """Compile for ``width`` cases such as these into the file ``path``; raises whatever goes wrong.
+    def trace(self, images: Tensor, labels: Tensor, leak: Leak) -> fx.GraphModule:
+        """The evaluation of ``width`` cases such as these as one graph of all tensors in their order.
 
-        The whole evaluation, second derivatives included, becomes one graph without autograd and
-        without what nobody uses of its results.
+        Second derivatives included, it holds no autograd, and nothing that nobody uses.
         """
         flat, shape = tree_flatten((images, labels, leak))
         graph = make_fx(lambda *flat: self._eager(*tree_unflatten(list(flat), shape)))(*flat)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        exported = torch.export.export(graph, tuple(flat))
+        return graph
+
+    def compile(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
+        """Compile for ``width`` cases such as these into the file ``path``; raises whatever goes wrong."""
+        flat = tuple(tree_flatten((images, labels, leak))[0])
+        exported = torch.export.export(self.trace(images, labels, leak), flat)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
     def load(self, path: Path) -> None:

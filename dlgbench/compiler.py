@@ -54,27 +54,27 @@ class Compiler:
     def prepare(
         self, closure: Closure, identity: str, example: tuple[Any, Any, Leak], calls: int
     ) -> dict[str, Any]:
-        """Make ``closure`` ready for ``calls`` calls with arguments like ``example``; returns what it did.
+        """Make ``closure`` ready for ``calls`` calls with arguments like ``example``.
 
         ``identity`` is what the code depends on beside this package, torch, the device and the width.
+        Returns the figures on which it was decided, and the seconds it took, where it was decided now.
         """
         if self.mode == "off" or self.broken:
-            return {"engine": closure.engine}
-        path = folder() / f"{_key(identity, closure.width, example[0].device)}.pt2"
-        facts: dict[str, Any] = {"width": closure.width}
+            return {}
+        path, figures = folder() / f"{_key(identity, closure.width, example[0].device)}.pt2", {}
         if not path.exists():
-            eager, expected = _seconds(closure, example), expected_seconds(example[2])
-            facts |= {
-                "eager_call_seconds": eager,
-                "compile_expected_seconds": expected,
-                "calls_to_come": calls,
+            figures = {
+                "calls_expected": calls,
+                "eager_call_seconds": _seconds(closure, example),
+                "compile_expected_seconds": expected_seconds(example[2]),
             }
-            if self.mode == "auto" and calls * eager * SAVED < expected:
-                return {"engine": closure.engine, **facts}
-            facts["compile_seconds"] = self._compile(closure, path, example)
+            saved = calls * figures["eager_call_seconds"] * SAVED
+            if self.mode == "auto" and saved < figures["compile_expected_seconds"]:
+                return figures
+            figures["compile_seconds"] = self._compile(closure, path, example)
         if path.exists():
             closure.load(path)
-        return {"engine": closure.engine, **facts}
+        return figures
 
     def _compile(self, closure: Closure, path: Path, example: tuple[Any, Any, Leak]) -> float:
         started = time.perf_counter()

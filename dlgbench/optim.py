@@ -163,17 +163,13 @@ class LBFGS(torch.optim.Optimizer):
             evaluations += self.active
             slopes = (there.gradient * self._direction).sum(1).tolist()
             for row in self.active.nonzero().squeeze(1).tolist():
-                values = float(trial[row]), float(there.objective[row]), slopes[row], there.gradient[row]
+                step, value = float(trial[row]), float(there.objective[row])
                 try:
-                    trial[row] = searches[row].send(Point(*values))
+                    trial[row] = searches[row].send(Point(step, value, slopes[row], there.gradient[row]))
                 except StopIteration as end:
-                    best: Point = end.value
-                    self._length[row], objective[row], gradient[row] = (
-                        best.step,
-                        best.objective,
-                        best.gradient,
-                    )
-                    self.active[row] = False
+                    self.active[row], best = False, cast(Point, end.value)
+                    self._length[row], objective[row] = best.step, best.objective
+                    gradient[row] = best.gradient
         self.active.copy_(moving)
         self._move(self._length)
         return _Values(objective, gradient)

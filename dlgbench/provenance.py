@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import platform
 import time
@@ -66,6 +67,8 @@ class Meter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            with suppress(OSError, AttributeError):  # only with glibc: give back what is free
+                ctypes.CDLL(None).malloc_trim(0)
             with suppress(OSError):  # absent but on Linux, and forbidden in some containers
                 CLEAR_REFS.write_text("5")  # the peak from now on: proc(5), /proc/pid/clear_refs
                 self.before = _number(STATUS, "VmRSS")
@@ -75,8 +78,7 @@ class Meter:
         """Seconds a trial, and the peak in bytes of the device's memory, or on Linux of what was added.
 
         Trials that shared a batch share its time equally.  The memory is None where the platform does
-        not tell.  What earlier trials left allocated in this process is not counted again, so a trial
-        after a larger one can read 0: compare fresh processes.
+        not tell; what this process held before is not counted.
         """
         seconds = round((time.perf_counter() - self.started) / trials, 3)
         if self.device.type == "cuda":

@@ -105,17 +105,15 @@ def _run(
     attack = attack_on(cases, network)
     leak = leak.channels_last if attack.closure.width == 1 else leak
     calls = cases[0].steps * int(cases[0].attack.get("iterations") or 1) * -(-waiting // attack.closure.width)
-    closure = setup.compiler.prepare(attack.closure, _identity(cases[0]), attack.example(leak), calls)
+    compiling = setup.compiler.prepare(attack.closure, _identity(cases[0]), attack.example(leak), calls)
     judge, guard = Judge(secrets, cases[0].steps), Guard(len(cases), setup.timeout)
     loggers = [_logger(case, setup.tensorboard) for case in cases] if setup.tensorboard else []
     boards = [TensorBoard(judge, loggers)] if loggers else []
     meter = provenance.Meter(device)
     trainer = trainer_on(setup.accelerator, [judge, guard, Progress(judge, show), *boards])
     trainer.fit(attack, Frozen(leak, cases[0].steps))
-    cost, whence = (
-        meter.stop(len(cases)),
-        {**provenance.facts(device), **_known(cases[0]), "closure": closure},
-    )
+    cost = {**meter.stop(len(cases)), **compiling}
+    whence = {**provenance.facts(device), **_known(cases[0]), **attack.closure.facts}
     records = [
         replace(score(case, attack, judge, row, guard.verdicts[row]), cost=cost, provenance=whence)
         for row, case in enumerate(cases)

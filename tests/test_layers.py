@@ -26,7 +26,8 @@ FLOORS: Sequence[set[str]] = (
     {"store", "display"},
     {"grid", "executors"},
     {"runner", "views"},
-    {"session"},
+    {"measure"},
+    {"session", "bench"},
     {"cli"},
     {"__main__"},
 )

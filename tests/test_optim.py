@@ -50,7 +50,7 @@ def torch_alone(f: Objective, x: Tensor, steps: int, **options: object) -> tuple
         return float(value.detach())
 
     for _ in range(steps):
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         iterates.append(parameter.detach().clone())
         counts.append(count)
     return iterates, counts

@@ -1,0 +1,281 @@
+"""Measurements of this package's engine beside a textbook loop, in one process, alternating."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlgbench import provenance, trial
+from dlgbench.attacks.base import Attack
+from dlgbench.benchmarks.textbook import Textbook, model
+from dlgbench.callbacks import Guard, Judge, Progress
+from dlgbench.case import Case
+from dlgbench.compiler import Compiler
+from dlgbench.leak import Leak, stack
+from dlgbench.optim import LBFGS
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.victims import leak_of, network_of, secret_of
+
+CPU = torch.device("cpu")
+Row = dict[str, Any]
+Table = list[Row]
+
+
+def case(
+    network: str, resolution: int | None = None, image: int = 0, seed: int = 0, steps: int = 300
+) -> Case:
+    """The study's case of a network, known dropout masks included, at its own or another resolution."""
+    facts = NETWORKS.entry(network).facts
+    spec = NETWORKS.spec(f"{network}:dropout=known" if network == "inception_v3" else network)
+    return Case(
+        network=spec, dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("dlg"),
+        defense=DEFENSES.spec("none"), batch=facts["batch"], resolution=resolution or facts["resolution"],
+        preparation=facts["preparation"] or "fit", channels=3, classes=facts["classes"] or 100,
+        steps=steps, dtype="float32", image=image, seed=seed,
+    )  # fmt: skip
+
+
+def prepared(cases: Sequence[Case]) -> tuple[Attack, Leak]:
+    """The attack on some cases, and what leaked of them."""
+    photos = DATASETS.make(cases[0].dataset, None)
+    networks = [network_of(one) for one in cases]
+    leaks = [leak_of(one, n, secret_of(one, photos)) for one, n in zip(cases, networks, strict=True)]
+    attack, leak = trial.attack_on(cases, networks[0]), stack(leaks)
+    return attack, leak.channels_last if attack.closure.width == 1 else leak
+
+
+def textbook(one: Case) -> Textbook:
+    """The same case, to be attacked from the same start, for the textbook loop."""
+    network, secret = network_of(one), secret_of(one, DATASETS.make(one.dataset, None))
+    leak = leak_of(one, network, secret)
+    attack = trial.attack_on([one], network)
+    body = model(one.network.name, list(network.parameters()))
+    gradient = [leak.gradients[name][0] for name, _ in network.named_parameters()]
+    return Textbook(body, gradient, attack.dummy_images.detach()[0], attack.dummy_labels.detach()[0])
+
+
+def gemm_rate() -> float:
+    """GFLOP/s of the best of several square float32 matrix products."""
+    rates = []
+    for side in (1024, 2048, 4096):
+        a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+        rates.append(2 * side**3 / min(alternating([partial(torch.mm, a, a)], 5)[0]) / 1e9)
+    return max(rates)
+
+
+def alternating(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of every call, after one of each to warm up, the functions in turn."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, found in zip(functions, seconds, strict=True):
+            started = time.perf_counter()
+            function()
+            if repeat:
+                found.append(time.perf_counter() - started)
+    return seconds
+
+
+def closures(networks: Sequence[str], repeats: int, compiler: Compiler) -> Table:
+    """One closure of every network, per case: the textbook's against ours."""
+    rate = gemm_rate()
+    return [_closure(network, repeats, compiler, rate) for network in networks]
+
+
+def _closure(network: str, repeats: int, compiler: Compiler, rate: float) -> Row:
+    width = prepared([case(network)] * 8)[0].closure.width if network.startswith("lenet") else 1
+    attack, leak = prepared([case(network, seed=seed) for seed in range(width)])
+    book, example = textbook(case(network)), attack.example(leak)
+    with FlopCounterMode(display=False) as counter:
+        book.closure()
+    flops, eager = counter.get_total_flops(), attack.closure(*example)
+    (plain,) = alternating([lambda: attack.closure(*example)], repeats)
+    figures = compiler.prepare(attack.closure, f"bench {case(network)}", example, 0)
+    seconds = alternating([book.closure, lambda: attack.closure(*example)], repeats)
+    theirs, ours = median(seconds[0]), median(seconds[1]) / width
+    gained = theirs - ours
+    compiled = attack.closure(*example)
+    return {
+        "network": network, "cases a call": width, "textbook ms": 1e3 * theirs,
+        "eager ms": 1e3 * median(plain) / width, "ours ms": 1e3 * ours,
+        "ratio": median(a / b * width for a, b in zip(*seconds, strict=True)),
+        "GFLOP": flops / 1e9, "GFLOP/s": flops / ours / 1e9, "of GEMM": flops / ours / 1e9 / rate,
+        "GEMM GFLOP/s": rate, "memory": _peak(lambda: attack.closure(*example)) / width / _peak(book.closure),
+        "compile s": figures.get("compile_seconds"),
+        "repaid after": figures["compile_seconds"] / gained if "compile_seconds" in figures else None,
+        "closure": attack.closure.facts["closure"], "differs by": _difference(compiled.images, eager.images),
+    }  # fmt: skip
+
+
+def _peak(function: Callable[[], object]) -> float:
+    """Bytes that a call needs beside what is held already; 1 at least, NaN where nobody tells."""
+    function()
+    meter = provenance.Meter(CPU)
+    function()
+    peak = meter.stop()["peak_memory_bytes"]
+    return float("nan") if peak is None else max(1.0, float(peak))
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def reconstructions(trials: int, theirs: int, compiler: Compiler) -> Table:
+    """Whole reconstructions of ``lenet_dlg`` at the study's protocol: how many recovered, at what cost."""
+    cases = [case("lenet_dlg", image=i % 5, seed=i // 5) for i in range(trials)]
+    photos, ours = DATASETS.make(cases[0].dataset, None), trial.Setup("cpu", compiler=compiler)
+    trial.run([replace(one, steps=1) for one in cases], photos, ours, lambda *progress: None, trials)
+    watch = _Watch()
+    found = [record for record, _ in trial.run(cases, photos, ours, lambda *progress: None, trials)]
+    rows = [watch.row("dlgbench", [r.images[0]["mse"] for r in found], sum(r.closures for r in found))]
+    watch, books = _Watch(), [textbook(one) for one in cases[:theirs]]
+    for book in books:
+        for _ in range(cases[0].steps):
+            book.step()
+    errors = [_error(book, one) for book, one in zip(books, cases, strict=False)]
+    rows.append(watch.row("textbook", errors, sum(book.closures for book in books)))
+    for row in rows:
+        row["ratio"] = row["recovered per CPU-s"] / max(rows[1]["recovered per CPU-s"], 1e-12)
+    return rows
+
+
+def _error(book: Textbook, one: Case) -> float:
+    """The MSE of a textbook reconstruction; infinite where it is no number."""
+    secret = secret_of(one, DATASETS.make(one.dataset, None))
+    error = float((book.images.detach().clamp(0, 1) - secret.images[0]).square().mean())
+    return error if error == error else float("inf")
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def row(self, who: str, errors: Sequence[float], calls: int) -> Row:
+        """Recovered is here an MSE below 1e-4, which is 40 dB: exact."""
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        recovered = sum(error < 1e-4 for error in errors)
+        return {
+            "loop": who, "trials": len(errors), "recovered": recovered, "closures": calls, "seconds": wall,
+            "trials an hour": 3600 * len(errors) / wall, "CPU-s": cpu,
+            "CPU-ms a closure": 1e3 * cpu / calls, "recovered per CPU-s": recovered / cpu,
+        }  # fmt: skip
+
+
+def shares(network: str, cases: int, steps: int, compiler: Compiler) -> Row:
+    """Where a run's time goes: the closures, L-BFGS, and all the rest (Lightning, metrics, logging)."""
+    batch = [case(network, image=i % 5, seed=i // 5, steps=steps) for i in range(cases)]
+    attack, leak = prepared(batch)
+    compiler.prepare(attack.closure, f"bench {case(network)}", attack.example(leak), 0)
+    photos = DATASETS.make(batch[0].dataset, None)
+    judge = Judge([secret_of(one, photos) for one in batch], steps)
+    clock = _Clock(attack)
+    callbacks = [judge, Guard(cases, float("inf")), Progress(judge, lambda *progress: None)]
+    trainer, started = trial.trainer_on("cpu", callbacks), time.perf_counter()
+    trainer.fit(attack, trial.Frozen(leak, steps))
+    total = time.perf_counter() - started
+    optimiser = clock.seconds["step"] - clock.seconds["training_step"]
+    return {
+        "network": network, "cases": cases, "steps": steps, "seconds": total,
+        "closures": clock.seconds["closure"] / total, "L-BFGS": optimiser / total,
+        "rest": 1 - (clock.seconds["closure"] + optimiser) / total,
+    }  # fmt: skip
+
+
+class _Clock:
+    """Adds up the seconds spent in an attack's closure, in all of its training steps, and in L-BFGS."""
+
+    def __init__(self, attack: Attack) -> None:
+        self.seconds = dict.fromkeys(("closure", "training_step", "step"), 0.0)
+        configure = attack.configure_optimizers
+
+        def optimizer() -> LBFGS:
+            made = configure()
+            assert isinstance(made, LBFGS)
+            step = made.step
+            made.step = self.timed(  # type: ignore[method-assign]
+                lambda closure: step(self.timed(closure, "training_step")), "step"
+            )
+            return made
+
+        attack.configure_optimizers = optimizer  # type: ignore[method-assign]
+        attack.evaluate = self.timed(attack.evaluate, "closure")  # type: ignore[method-assign]
+
+    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds[name] += time.perf_counter() - started
+
+        return call
+
+
+def widths(counts: Sequence[int], repeats: int, compiler: Compiler) -> Table:
+    """Milliseconds per LeNet closure against how many are evaluated together."""
+    rows = []
+    for count in counts:
+        attack, leak = prepared([case("lenet_dlg", seed=seed) for seed in range(count)])
+        dummies = attack.dummy_images.detach(), attack.dummy_labels.detach()
+        compiler.prepare(attack.closure, f"bench {case('lenet_dlg')}", attack.example(leak), 0)
+        (seconds,) = alternating([partial(attack.evaluate, *dummies, leak)], repeats)
+        rows.append({"cases": count, "ms a case": 1e3 * median(seconds) / count})
+    return rows
+
+
+def resolutions(network: str, sides: Sequence[int], repeats: int) -> Table:
+    """Milliseconds per closure against the resolution, ours eager and the textbook's."""
+    rows = []
+    for side in sides:
+        attack, leak = prepared([case(network, side)])
+        example, book = attack.example(leak), textbook(case(network, side))
+        theirs, ours = alternating([book.closure, partial(attack.closure, *example)], repeats)
+        rows.append(
+            {
+                "network": network,
+                "px": side,
+                "textbook ms": 1e3 * median(theirs),
+                "eager ms": 1e3 * median(ours),
+            }
+        )
+    return rows
+
+
+def histories(sizes: Sequence[int], rows: int, repeats: int) -> Table:
+    """Milliseconds per iteration and row of L-BFGS alone, for LeNet's 3172 unknowns, against torch's."""
+    found = []
+    start = torch.randn(rows, 3172, generator=torch.Generator().manual_seed(0))
+    scales = torch.logspace(-3, 0, 3172)
+    options = {"max_iter": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+    for size in sizes:
+        x, one = start.clone().requires_grad_(), start[0].clone().requires_grad_()
+        ours = LBFGS([x], history_size=size, **options)  # type: ignore[arg-type]
+        torchs = torch.optim.LBFGS([one], history_size=size, **options)  # type: ignore[arg-type]
+
+        def batch(x: Tensor = x) -> Tensor:
+            x.grad = scales * x.detach()
+            return (scales * x.detach() ** 2).sum(1) / 2
+
+        def single(one: Tensor = one) -> float:
+            one.grad = scales * one.detach()
+            return float((scales * one.detach() ** 2).sum() / 2)
+
+        for _ in range(size // 20 + 1):  # until the histories are full
+            ours.step(batch), torchs.step(single)  # type: ignore[no-untyped-call]
+        mine, theirs = alternating([partial(ours.step, batch), partial(torchs.step, single)], repeats)
+        found.append(
+            {
+                "pairs": size,
+                "rows": rows,
+                "ours ms": 1e3 * median(mine) / 20 / rows,
+                "torch ms": 1e3 * median(theirs) / 20,
+            }
+        )
+    return found

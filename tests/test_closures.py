@@ -1,0 +1,210 @@
+"""Closures: batched, traced and compiled ones against the eager one; and when to compile."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from dlgbench.attacks.base import Attack
+from dlgbench.case import Case, DType
+from dlgbench.closures import Closure, Values, width_for
+from dlgbench.compiler import Compiler
+from dlgbench.leak import Leak, stack
+from dlgbench.prepare import ACTIVATIONS
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.trial import attack_on
+from dlgbench.victims import leak_of, network_of, secret_of
+
+PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
+CASE = Case(
+    network=NETWORKS.spec("lenet_dlg"), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("dlg"),
+    defense=DEFENSES.spec("none"), batch=2, resolution=32, preparation="fit", channels=3, classes=10,
+    steps=1, dtype="float32", image=0, seed=0,
+)  # fmt: skip
+SMALLEST = {"inception_v3": 107}
+"""Sides in px for networks that take no 32; the graphs are those of any side."""
+
+
+def prepared(network: str, cases: int = 1, dtype: DType = "float32") -> tuple[Attack, Leak]:
+    side = SMALLEST.get(network.partition(":")[0], 32)
+    some = [
+        replace(CASE, network=NETWORKS.spec(network), resolution=side, seed=seed, dtype=dtype)
+        for seed in range(cases)
+    ]
+    networks = [network_of(case) for case in some]
+    leaks = [leak_of(case, n, secret_of(case, PHOTOS)) for case, n in zip(some, networks, strict=True)]
+    return attack_on(some, networks[0]), stack(leaks)
+
+
+def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> None:
+    """To a norm, since single values may vanish."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).norm() / b.norm()) < tolerance
+
+
+GRAPHS = [
+    *(
+        f"{network}:activation={activation}"
+        for network in ("lenet5", "lenet_dlg", "resnet18")
+        for activation in ACTIVATIONS
+    ),
+    "densenet121",
+    "inception_v3:dropout=known",
+]
+
+
+def test_every_network_and_activation_is_traced() -> None:
+    assert {text.partition(":")[0] for text in GRAPHS} == set(NETWORKS.entries)
+    assert set(ACTIVATIONS) <= {text.partition("=")[2] for text in GRAPHS}
+
+
+@pytest.mark.parametrize("network", GRAPHS)
+def test_the_traced_closure_is_the_eager_one(network: str) -> None:
+    attack, leak = prepared(network)
+    example = attack.example(leak)
+    graph = attack.closure.trace(*example)
+    values = graph(*tree_flatten(example)[0])
+    assert_alike(values, attack.closure(*example), 1e-2 if network.startswith("inception") else 1e-4)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; the compiler's own files go there too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    return tmp_path / "dlgbench"
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "network", [f"lenet_dlg:activation={name}" for name in ACTIVATIONS] + ["lenet5", "resnet18"]
+)
+def test_the_compiled_closure_is_the_eager_one(network: str, cache: Path) -> None:
+    attack, leak = prepared(network, 1 if network == "resnet18" else 3)
+    example = attack.example(leak.channels_last if network == "resnet18" else leak)
+    eager = attack.closure(*example)
+    told: list[str] = []
+    figures = Compiler("on", told.append).prepare(attack.closure, network, example, 1)
+    assert attack.closure.facts["closure"] == "compiled", told
+    assert figures["compile_seconds"] > 0
+    assert_alike(attack.closure(*example), eager, 1e-3)  # deep networks differ by more than LeNet
+    assert cache.stat().st_mode & 0o077 == 0
+
+
+@needs_compiler
+def test_compiled_code_is_kept_for_the_next_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, leak = prepared("lenet5")
+    example = attack.example(leak)
+    assert "compile_seconds" in Compiler("on").prepare(attack.closure, "this", example, 1)
+    assert [path.suffix for path in cache.glob("*.pt2")] == [".pt2"]
+    monkeypatch.setattr(Closure, "compile", None)
+    again, _ = prepared("lenet5")
+    assert Compiler("auto").prepare(again.closure, "this", example, 1) == {}
+    assert again.closure.facts["closure"] == "compiled"
+    other, _ = prepared("lenet5")
+    figures = Compiler("auto").prepare(other.closure, "another", example, 1)
+    assert (figures["calls_expected"], other.closure.facts["closure"]) == (1, "eager")
+
+
+def test_a_compiler_that_fails_is_told_of_once_and_done_without(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no compiler here\nand much more")
+
+    monkeypatch.setattr(Closure, "compile", fail)
+    told: list[str] = []
+    ours = Compiler("on", told.append)
+    for _ in range(2):
+        attack, leak = prepared("lenet5")
+        ours.prepare(attack.closure, "any", attack.example(leak), 1)
+        assert attack.closure.facts["closure"] == "eager"
+    (message,) = told
+    assert "no compiler here" in message
+    assert "\n" not in message
+    assert not list(cache.glob("*.pt2"))
+
+
+@pytest.mark.parametrize(("calls", "compiles"), [(10, False), (10**9, True)])
+def test_auto_compiles_where_that_repays(
+    calls: int, compiles: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(Closure, "compile", lambda self, path, *example: asked.append(path))
+    monkeypatch.setattr(Path, "replace", lambda self, other: other)
+    attack, leak = prepared("lenet5")
+    Compiler("auto").prepare(attack.closure, "any", attack.example(leak), calls)
+    assert bool(asked) is compiles
+
+
+def test_an_example_draws_nothing() -> None:
+    attack, leak = prepared("inception_v3:dropout=fresh")
+    before = attack.generators[0].get_state()
+    attack.example(leak)
+    assert torch.equal(attack.generators[0].get_state(), before)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_values_do_not_depend_on_the_width(width: int) -> None:
+    attack, leak = prepared("lenet5", 5, "float64")
+    dummies = attack.dummy_images.detach(), attack.dummy_labels.detach()
+    whole = attack.closure(*dummies, leak)
+    assert_alike(Closure(attack.objective, width)(*dummies, leak), whole, 1e-12)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    attack, leak = prepared("lenet5", 1, "float64")
+    images, labels = attack.dummy_images.detach(), attack.dummy_labels.detach()
+    values = attack.closure(images, labels, leak)
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ahead, behind = (attack.closure(images + h * direction, labels, leak).objective for h in (1e-5, -1e-5))
+    assert float((values.images * direction).sum()) == pytest.approx(float(ahead - behind) / 2e-5, rel=1e-6)
+
+
+class Counted(Closure):
+    """Stands for compiled code: it takes exactly ``width`` cases."""
+
+    def rounded(self, cases: int) -> int:
+        return -(-cases // self.width) * self.width
+
+    def __call__(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
+        assert len(images) % self.width == 0
+        assert {len(tensor) for tensor in leak.weights.values()} == {len(images)}
+        return super().__call__(images, labels, leak)
+
+
+def test_only_active_cases_are_evaluated_in_whole_calls() -> None:
+    attack, leak = prepared("lenet5", 5)
+    dummies = attack.dummy_images.detach(), attack.dummy_labels.detach()
+    whole = attack.evaluate(*dummies, leak)
+    attack.closure = Counted(attack.objective, 2)
+    attack.active[torch.tensor([0, 3])] = False
+    some = attack.evaluate(*dummies, leak)
+    assert some.objective.isnan().tolist() == [True, False, False, True, False]
+    active = [1, 2, 4]
+    assert_alike([part[active] for part in some], [part[active] for part in whole], 1e-5)
+    assert not some.images[[0, 3]].any()
+
+
+def test_a_call_takes_what_the_device_is_filled_by() -> None:
+    cpu = torch.device("cpu")
+    assert width_for(32**2, cpu) == 8
+    assert width_for(2 * 32**2, cpu) == 4
+    assert width_for(224**2, cpu) == 1
+    assert width_for(32**2, torch.device("meta")) == 1
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        yield
