@@ -21,6 +21,8 @@ from dlgbench.records import write
 from dlgbench.registry import NETWORKS
 from dlgbench.store import Store
 
+WIDEST = 7
+"""Columns of a table on a terminal."""
 Rows = Sequence[Mapping[str, Any]]
 SECTIONS = {
     "closures": "One closure, per case: the gradient's distance and its gradient in image and label",
@@ -95,9 +97,14 @@ def _show(value: Any) -> str:
 
 
 def _rich(name: str, rows: Rows) -> Table:
-    table = Table(*rows[0], title=SECTIONS[name], box=box.SIMPLE_HEAD, title_justify="left")
-    for row in rows:
-        table.add_row(*map(_show, row.values()))
+    """A line per row or, where they are too wide for a terminal, a column per row."""
+    lines = [[*map(_show, row.values())] for row in rows]
+    head = list(rows[0])
+    if len(head) > WIDEST:
+        head, *lines = map(list, zip(head, *lines, strict=True))
+    table = Table(*head, title=SECTIONS[name], box=box.SIMPLE_HEAD, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

@@ -210,7 +210,8 @@ class _History:
     def direction(self, rows: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
         """``-H gradient`` of ``rows``, after their new pairs; all ``(row, number)``."""
         kept = ((s * y).sum(1) > CURVATURE).nonzero().squeeze(1)
-        owners, slots = rows.to(self.slot.device)[kept], self.slot[rows[kept]]
+        owners = rows.to(kept.device)[kept]
+        slots = self.slot[owners]
         self.pairs[owners, slots], self.pairs[owners, slots + self.size] = s[kept], y[kept]
         products = self._products(rows, gradient)
         change = products - self.products[rows]  # the products with y, for all pairs but the new

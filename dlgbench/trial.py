@@ -105,7 +105,7 @@ def _run(
     attack = attack_on(cases, network)
     leak = leak.channels_last if attack.closure.width == 1 else leak
     calls = cases[0].steps * int(cases[0].attack.get("iterations") or 1) * -(-waiting // attack.closure.width)
-    compiling = setup.compiler.prepare(attack.closure, _identity(cases[0]), attack.example(leak), calls)
+    compiling = setup.compiler.prepare(attack.closure, identity(cases[0]), attack.example(leak), calls)
     judge, guard = Judge(secrets, cases[0].steps), Guard(len(cases), setup.timeout)
     loggers = [_logger(case, setup.tensorboard) for case in cases] if setup.tensorboard else []
     boards = [TensorBoard(judge, loggers)] if loggers else []
@@ -147,7 +147,7 @@ def _failure(case: Case, error: Exception, device: torch.device) -> Record:
     return Record(case=case, status=status, reason=reason, provenance=provenance.facts(device))
 
 
-def _identity(case: Case) -> str:
+def identity(case: Case) -> str:
     """What the code of a closure depends on, of all that a case says."""
     parts = (case.network, case.attack, case.shape, case.classes, case.dtype)
     return " ".join(map(str, parts))
