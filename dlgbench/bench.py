@@ -65,12 +65,12 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Row
     deep = [name for name, entry in NETWORKS.entries.items() if entry.facts["resolution"] > 32]
     return {
         "closures": lambda: measure.closures(["lenet_dlg", *deep], 7, compiler),
-        "reconstructions": lambda: measure.reconstructions(30, 10, compiler),
+        "reconstructions": lambda: measure.reconstructions(30, 8, compiler),
         "shares": lambda: [
             measure.shares("lenet_dlg", 30, 30, compiler), measure.shares("resnet18", 1, 3, compiler)
         ],
         "widths": lambda: measure.widths([1, 2, 4, 8, 16, 32, 64, 128, 256], 5, compiler),
-        "resolutions": lambda: measure.resolutions("resnet18", [32, 64, 128, 224, 299], 5),
+        "resolutions": lambda: measure.resolutions("resnet18", [33, 64, 128, 224, 299], 5),
         "histories": lambda: measure.histories([5, 10, 20, 50, 100], 8, 5),
     }  # fmt: skip
 
