@@ -65,7 +65,8 @@ def run(
     summary, deadline = Summary(), time.monotonic() + limits.seconds
     device = trial.device_of(setup.accelerator)
     for group in _groups(todo):
-        waiting, most = group, batch_size(group[0], device)
+        refused = why_not(group[0], data)
+        waiting, most = group, len(group) if refused else batch_size(group[0], device)
         while waiting and not summary.out_of_time:
             left = deadline - time.monotonic()
             batch = pending(waiting[:most], store.load(waiting[:most])[0], limits)

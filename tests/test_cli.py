@@ -194,6 +194,15 @@ def test_a_skipped_case_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "more than 1 value per channel" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_network_too_deep_for_a_small_image_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of which several would fit one batch, if there were any."""
+    small = ["--only", "network=resnet18", "--set", "resolution=32", "--images", "2"]
+    assert cli.main(["run", "architectures", *small, "--out", str(tmp_path)]) == exits.OK
+    assert "more than 1 value per channel" in " ".join(capsys.readouterr().out.split())
+
+
 def test_json_goes_to_standard_output_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*LENET, "--json", "--out", str(finished)]) == exits.OK
     body = json.loads(capsys.readouterr().out)
