@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +142,18 @@ def test_a_compiler_that_fails_is_told_of_once_and_done_without(
     assert not list(cache.glob("*.pt2"))
 
 
+def test_a_home_that_cannot_be_written_to_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    attack, leak = prepared("lenet5")
+    told: list[str] = []
+    assert Compiler("auto", told.append).prepare(attack.closure, "any", attack.example(leak), 1) == {}
+    assert attack.closure.facts["closure"] == "eager"
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize(("calls", "compiles"), [(10, False), (10**9, True)])
 def test_auto_compiles_where_that_repays(
     calls: int, compiles: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,9 +222,3 @@ def test_a_call_takes_what_the_device_is_filled_by() -> None:
     assert width_for(2 * 32**2, cpu) == 4
     assert width_for(224**2, cpu) == 1
     assert width_for(32**2, torch.device("meta")) == 1
-
-
-@pytest.fixture(autouse=True)
-def _one_seed() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        yield
