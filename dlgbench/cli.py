@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -144,7 +145,7 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
         type=_minutes,
         default=float("inf"),
         metavar="MINUTES",
-        help="give up on a trial after this",
+        help="give up on a batch of trials after this",
     )
     add(
         "--retry-failed", action="store_true", help="repeat trials that broke (error, out of memory, timeout)"
@@ -154,15 +155,7 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """``dlgbench run``."""
-    _quiet()
-    try:
-        from dlgbench import session
-    except Exception as error:  # whatever an unusable torch raises at import
-        raise EnvironmentBroken(
-            f"expected a working torch, got {type(error).__name__}: {error}; "
-            "run `dlgbench doctor` for the remedy"
-        ) from error
-    return session.run(options, _console(options))
+    return _with_torch("session", options)
 
 
 def list_names(options: argparse.Namespace) -> int:
@@ -213,10 +206,7 @@ def show_record(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """``dlgbench bench``."""
-    _quiet()
-    from dlgbench import bench
-
-    return bench.run(options, _console(options))
+    return _with_torch("bench", options)
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -229,6 +219,20 @@ def doctor(options: argparse.Namespace) -> int:
     else:
         _console(options).print(listing.findings(findings))
     return exits.BROKEN if doctor.broken(findings) else exits.OK
+
+
+def _with_torch(module: str, options: argparse.Namespace) -> int:
+    """Call ``run`` of a module that imports torch."""
+    _quiet()
+    try:
+        command = importlib.import_module(f"dlgbench.{module}")
+    except Exception as error:  # whatever an unusable torch raises at import
+        raise EnvironmentBroken(
+            f"expected a working torch, got {type(error).__name__}: {error}; "
+            "run `dlgbench doctor` for the remedy"
+        ) from error
+    code: int = command.run(options, _console(options))
+    return code
 
 
 def _positive(text: str) -> int:

@@ -18,8 +18,9 @@ from dlgbench.attacks.base import Attack
 from dlgbench.benchmarks.textbook import Textbook, model
 from dlgbench.callbacks import Guard, Judge, Progress
 from dlgbench.case import Case
+from dlgbench.closures import width_for
 from dlgbench.compiler import Compiler
-from dlgbench.leak import Leak, stack
+from dlgbench.leak import Leak
 from dlgbench.optim import LBFGS
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.victims import leak_of, network_of, secret_of
@@ -46,10 +47,7 @@ def case(
 def prepared(cases: Sequence[Case]) -> tuple[Attack, Leak]:
     """The attack on some cases, and what leaked of them."""
     photos = DATASETS.make(cases[0].dataset, None)
-    networks = [network_of(one) for one in cases]
-    leaks = [leak_of(one, n, secret_of(one, photos)) for one, n in zip(cases, networks, strict=True)]
-    attack, leak = trial.attack_on(cases, networks[0]), stack(leaks)
-    return attack, leak.channels_last if attack.closure.width == 1 else leak
+    return trial.prepared(cases, [secret_of(one, photos) for one in cases], CPU)
 
 
 def textbook(one: Case) -> Textbook:
@@ -90,7 +88,8 @@ def closures(networks: Sequence[str], repeats: int, compiler: Compiler) -> Table
 
 
 def _closure(network: str, repeats: int, compiler: Compiler, rate: float) -> Row:
-    width = prepared([case(network)] * 8)[0].closure.width if network.startswith("lenet") else 1
+    one = case(network)
+    width = width_for(one.batch * one.resolution**2, CPU)
     attack, leak = prepared([case(network, seed=seed) for seed in range(width)])
     book, example = textbook(case(network)), attack.example(leak)
     with FlopCounterMode(display=False) as counter:

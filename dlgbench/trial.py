@@ -101,9 +101,7 @@ def _run(
 ) -> list[Trial]:
     provenance.exact_float32()
     secrets = [secret_of(case, dataset) for case in cases]
-    network, leak = _clients(cases, secrets, device)
-    attack = attack_on(cases, network)
-    leak = leak.channels_last if attack.closure.width == 1 else leak
+    attack, leak = prepared(cases, secrets, device)
     calls = cases[0].steps * int(cases[0].attack.get("iterations") or 1) * -(-waiting // attack.closure.width)
     compiling = setup.compiler.prepare(attack.closure, identity(cases[0]), attack.example(leak), calls)
     judge, guard = Judge(secrets, cases[0].steps), Guard(len(cases), setup.timeout)
@@ -124,11 +122,12 @@ def _run(
     return [(record, pictures(judge, attack.result, row)) for row, record in enumerate(records)]
 
 
-def _clients(cases: Sequence[Case], secrets: Sequence[Secret], device: torch.device) -> tuple[Network, Leak]:
-    """A network for the attack, whose weights no one uses, and what every client has shared."""
+def prepared(cases: Sequence[Case], secrets: Sequence[Secret], device: torch.device) -> tuple[Attack, Leak]:
+    """The attack on some cases, with a network whose own weights no one uses, and what the clients shared."""
     networks = [network_of(case).to(device) for case in cases]
     leaks = [leak_of(*client, device) for client in zip(cases, networks, secrets, strict=True)]
-    return networks[0], stack(leaks)
+    attack, leak = attack_on(cases, networks[0]), stack(leaks)
+    return attack, leak.channels_last if attack.closure.width == 1 else leak
 
 
 def attack_on(cases: Sequence[Case], network: Network) -> Attack:
