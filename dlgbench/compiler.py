@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 
 import dlgbench
 from dlgbench.closures import Closure
@@ -63,10 +64,16 @@ class Compiler:
         if self.mode == "off" or self.broken:
             return {}
         try:
-            path = folder() / f"{_key(identity, closure.width, example[0].device)}.pt2"
+            path = folder() / f"{_key(identity, closure, example[0].device)}.pt2"
+            with FileLock(path.with_suffix(".lock")):  # waits where another process is making it
+                return self._prepare(closure, path, example, calls)
         except OSError as error:  # a home that is read-only or somebody else's
             self._give_up(error)
             return {}
+
+    def _prepare(
+        self, closure: Closure, path: Path, example: tuple[Any, Any, Leak], calls: int
+    ) -> dict[str, Any]:
         with suppress(OSError, RuntimeError, ValueError):  # not there, or damaged: it is made anew
             seconds = float(_note(path).read_text())
             closure.load(path)
@@ -110,8 +117,9 @@ def _seconds(closure: Closure, example: tuple[Any, Any, Leak]) -> float:
     return round(time.perf_counter() - started, 4)
 
 
-def _key(identity: str, width: int, device: torch.device) -> str:
-    parts = (identity, width, device.type, device_name(device), torch.__version__, _sources())
+def _key(identity: str, closure: Closure, device: torch.device) -> str:
+    machine = (device.type, device_name(device, closure.threads), torch.__version__)
+    parts = (identity, closure.width, *machine, _sources())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -124,7 +132,8 @@ def _note(path: Path) -> Path:
 def _sources() -> str:
     """A digest of all modules that a closure may run code of."""
     root = Path(dlgbench.__file__).parent
-    files = [root / f"{name}.py" for name in ("batchnorm", "closures", "leak", "networks", "prepare")]
+    names = ("batchnorm", "closures", "convolution", "leak", "networks", "prepare")
+    files = [root / f"{name}.py" for name in names]
     files += sorted((root / "attacks").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

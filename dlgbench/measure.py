@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlgbench import provenance, trial
+from dlgbench import processes, provenance, trial
 from dlgbench.attacks.base import Attack
 from dlgbench.benchmarks.textbook import Textbook, model
 from dlgbench.callbacks import Guard, Judge, Progress
@@ -69,6 +70,17 @@ def gemm_rate() -> float:
     return max(rates)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, as a run would that evaluates such a closure."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def alternating(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
     """Seconds of every call, after one of each to warm up, the functions in turn."""
     seconds: list[list[float]] = [[] for _ in functions]
@@ -83,11 +95,10 @@ def alternating(functions: Sequence[Callable[[], object]], repeats: int) -> list
 
 def closures(networks: Sequence[str], repeats: int, compiler: Compiler) -> Table:
     """One closure of every network, per case: the textbook's against ours."""
-    rate = gemm_rate()
-    return [_closure(network, repeats, compiler, rate) for network in networks]
+    return [_closure(network, repeats, compiler) for network in networks]
 
 
-def _closure(network: str, repeats: int, compiler: Compiler, rate: float) -> Row:
+def _closure(network: str, repeats: int, compiler: Compiler) -> Row:
     one = case(network)
     width = width_for(one.batch * one.resolution**2, CPU)
     attack, leak = prepared([case(network, seed=seed) for seed in range(width)])
@@ -95,18 +106,25 @@ def _closure(network: str, repeats: int, compiler: Compiler, rate: float) -> Row
     with FlopCounterMode(display=False) as counter:
         book.closure()
     flops, eager = counter.get_total_flops(), attack.closure(*example)
-    (plain,) = alternating([lambda: attack.closure(*example)], repeats)
+
+    def call() -> object:
+        with threads(attack.closure.threads):
+            return attack.closure(*example)
+
+    with threads(attack.closure.threads):
+        rate = gemm_rate()
+    (plain,) = alternating([call], repeats)
     figures = compiler.prepare(attack.closure, trial.identity(case(network)), example, 0)
-    seconds = alternating([book.closure, lambda: attack.closure(*example)], repeats)
+    seconds = alternating([book.closure, call], repeats)
     theirs, ours = median(seconds[0]), median(seconds[1]) / width
     taken = figures.get("compile_seconds") or figures.get("compiled_earlier_in_seconds", float("nan"))
     compiled = attack.closure(*example)
     return {
-        "network": network, "cases a call": width, "textbook ms": 1e3 * theirs,
-        "eager ms": 1e3 * median(plain) / width, "ours ms": 1e3 * ours,
+        "network": network, "cases a call": width, "threads": attack.closure.threads,
+        "textbook ms": 1e3 * theirs, "eager ms": 1e3 * median(plain) / width, "ours ms": 1e3 * ours,
         "ratio": median(a / b * width for a, b in zip(*seconds, strict=True)),
         "GFLOP": flops / 1e9, "GFLOP/s": flops / ours / 1e9, "of GEMM": flops / ours / 1e9 / rate,
-        "GEMM GFLOP/s": rate, "memory": _peak(lambda: attack.closure(*example)) / width / _peak(book.closure),
+        "GEMM GFLOP/s": rate, "memory": _peak(call) / width / _peak(book.closure),
         "compile s": taken, "repaid after": taken / (theirs - ours),
         "closure": attack.closure.facts["closure"], "differs by": _difference(compiled.images, eager.images),
     }  # fmt: skip
@@ -128,17 +146,21 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 def reconstructions(trials: int, theirs: int, compiler: Compiler) -> Table:
     """Whole reconstructions of ``lenet_dlg`` at the study's protocol: how many recovered, at what cost."""
     cases = [case("lenet_dlg", image=i % 5, seed=i // 5) for i in range(trials)]
-    photos, ours = DATASETS.make(cases[0].dataset, None), trial.Setup("cpu", compiler=compiler)
-    trial.run([replace(one, steps=1) for one in cases], photos, ours, lambda *progress: None, trials)
-    watch = _Watch()
-    found = [record for record, _ in trial.run(cases, photos, ours, lambda *progress: None, trials)]
-    rows = [watch.row("dlgbench", [r.images[0]["mse"] for r in found], sum(r.closures for r in found))]
-    watch, books = _Watch(), [textbook(one) for one in cases[:theirs]]
+    photos, setup = DATASETS.make(cases[0].dataset, None), trial.Setup("cpu", compiler=compiler)
+    ours = partial(processes.run, dataset=photos, setup=setup, show=lambda *progress: None, waiting=trials)
+    ours([replace(one, steps=1) for one in cases])  # compiles
+    started = time.perf_counter()
+    found = [record for record, _ in ours(cases)]
+    spent = time.perf_counter() - started, sum(record.cost["cpu_seconds"] for record in found)
+    rows = [_row("dlgbench", [r.images[0]["mse"] for r in found], sum(r.closures for r in found), *spent)]
+    books = [textbook(one) for one in cases[:theirs]]
+    started, worked = time.perf_counter(), time.process_time()
     for book in books:
         for _ in range(cases[0].steps):
             book.step()
+    spent = time.perf_counter() - started, time.process_time() - worked
     errors = [_error(book, one) for book, one in zip(books, cases, strict=False)]
-    rows.append(watch.row("textbook", errors, sum(book.closures for book in books)))
+    rows.append(_row("textbook", errors, sum(book.closures for book in books), *spent))
     for row in rows:
         row["ratio"] = row["recovered per CPU-s"] / max(rows[1]["recovered per CPU-s"], 1e-12)
     return rows
@@ -151,19 +173,14 @@ def _error(book: Textbook, one: Case) -> float:
     return error if error == error else float("inf")
 
 
-class _Watch:
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def row(self, who: str, errors: Sequence[float], calls: int) -> Row:
-        """Recovered is here an MSE below 1e-4, which is 40 dB: exact."""
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        recovered = sum(error < 1e-4 for error in errors)
-        return {
-            "loop": who, "trials": len(errors), "recovered": recovered, "closures": calls, "seconds": wall,
-            "trials an hour": 3600 * len(errors) / wall, "CPU-s": cpu,
-            "CPU-ms a closure": 1e3 * cpu / calls, "recovered per CPU-s": recovered / cpu,
-        }  # fmt: skip
+def _row(who: str, errors: Sequence[float], calls: int, seconds: float, worked: float) -> Row:
+    """Recovered is here an MSE below 1e-4, which is 40 dB: exact."""
+    recovered = sum(error < 1e-4 for error in errors)
+    return {
+        "loop": who, "trials": len(errors), "recovered": recovered, "closures": calls, "seconds": seconds,
+        "trials an hour": 3600 * len(errors) / seconds, "CPU-s": worked,
+        "CPU-ms a closure": 1e3 * worked / calls, "recovered per CPU-s": recovered / worked,
+    }  # fmt: skip
 
 
 def shares(network: str, cases: int, steps: int, compiler: Compiler) -> Row:
@@ -175,9 +192,11 @@ def shares(network: str, cases: int, steps: int, compiler: Compiler) -> Row:
     judge = Judge([secret_of(one, photos) for one in batch], steps)
     clock = _Clock(attack)
     callbacks = [judge, Guard(cases, float("inf")), Progress(judge, lambda *progress: None)]
-    trainer, started = trial.trainer_on("cpu", callbacks), time.perf_counter()
-    trainer.fit(attack, trial.Frozen(leak, steps))
-    total = time.perf_counter() - started
+    trainer = trial.trainer_on("cpu", callbacks)
+    with threads(attack.closure.threads):
+        started = time.perf_counter()
+        trainer.fit(attack, trial.Frozen(leak, steps))
+        total = time.perf_counter() - started
     optimiser = clock.seconds["step"] - clock.seconds["training_step"]
     return {
         "network": network, "cases": cases, "steps": steps, "seconds": total,
@@ -223,7 +242,8 @@ def widths(counts: Sequence[int], repeats: int, compiler: Compiler) -> Table:
         attack, leak = prepared([case("lenet_dlg", seed=seed) for seed in range(count)])
         dummies = attack.dummy_images.detach(), attack.dummy_labels.detach()
         compiler.prepare(attack.closure, trial.identity(case("lenet_dlg")), attack.example(leak), 0)
-        (seconds,) = alternating([partial(attack.evaluate, *dummies, leak)], repeats)
+        with threads(attack.closure.threads):
+            (seconds,) = alternating([partial(attack.evaluate, *dummies, leak)], repeats)
         rows.append({"cases": count, "ms a case": 1e3 * median(seconds) / count})
     return rows
 
@@ -267,7 +287,8 @@ def histories(sizes: Sequence[int], rows: int, repeats: int) -> Table:
 
         for _ in range(size // 20 + 1):  # until the histories are full
             ours.step(batch), torchs.step(single)  # type: ignore[no-untyped-call]
-        mine, theirs = alternating([partial(ours.step, batch), partial(torchs.step, single)], repeats)
+        with threads(1):
+            mine, theirs = alternating([partial(ours.step, batch), partial(torchs.step, single)], repeats)
         found.append(
             {
                 "pairs": size,

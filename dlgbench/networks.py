@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.convolution import Conv2d
 from dlgbench.errors import Unsuitable
 from dlgbench.prepare import Dropout, Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS, Spec
@@ -137,6 +138,7 @@ def inception_v3(
 def _small(body: nn.Module, shape: Shape, activation: Activation, init: str) -> Network:
     network = Network(replace_activation(body, activation))
     initialise(network, init, activation)
+    _swap(network, nn.Conv2d, Conv2d)
     probe(network, shape)
     return network
 

@@ -117,7 +117,8 @@ class LBFGS(torch.optim.Optimizer):
             return slope
         gradient, old = here.gradient[rows], self._direction[rows]
         s = old * self._length[rows].to(old)[:, None]
-        direction = self._history.direction(rows, s, gradient - self._gradient[rows], gradient)
+        y = gradient - self._gradient[rows]
+        direction = self._history.directions(rows.tolist(), s, y, gradient)
         first = (1 / gradient.abs().sum(1)).clamp(max=1.0).double().cpu()
         rate = float(self.param_groups[0]["lr"])
         self._length[rows] = rate * torch.where(self._begun[rows], 1.0, first)
@@ -200,62 +201,73 @@ class _History:
         small = like.new_zeros((), dtype=torch.float64)
         self.size = size
         self.pairs = like.new_zeros(rows, 2 * size, numbers)  # every s, then every y
-        self.inverse = small.new_zeros(rows, size, size)  # R^-1
-        self.products = small.new_zeros(rows, 2, size)  # of every pair with the gradient seen last
+        self.inverse = small.new_zeros(rows, size, size)  # R^-1, transposed
+        self.products = small.new_zeros(rows, 2 * size)  # of every pair with the gradient seen last
         self.yy = small.new_zeros(rows, size, size)
         self.curvature = small.new_zeros(rows, size)  # the diagonal of R: s.y of every pair
         self.scale = small.new_ones(rows, 1)  # gamma: H's first guess is gamma times the identity
-        self.slot = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.slots = [0] * rows
 
-    def direction(self, rows: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    def directions(self, rows: list[int], s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
         """``-H gradient`` of ``rows``, after their new pairs; all ``(row, number)``."""
-        kept = ((s * y).sum(1) > CURVATURE).nonzero().squeeze(1)
-        owners = rows.to(kept.device)[kept]
-        slots = self.slot[owners]
-        self.pairs[owners, slots], self.pairs[owners, slots + self.size] = s[kept], y[kept]
-        products = self._products(rows, gradient)
-        change = products - self.products[rows]  # the products with y, for all pairs but the new
-        change[kept, :, slots] = torch.stack([s[kept], y[kept]], 1).mul(y[kept, None]).sum(2).double()
-        self.products[rows] = products
-        self._extend(owners, slots, change[kept])
-        return self._product(rows, gradient, products)
+        sy, yy = (s * y).sum(1).double(), (y * y).sum(1).double()
+        kept = (sy > CURVATURE).tolist()
+        found = torch.empty_like(gradient)
+        for there, here in self._runs(rows, kept):
+            if kept[there.start]:
+                self._remember(here, s[there], y[there])
+                products = self._products(here, gradient[there])
+                self._extend(here, products - self.products[here], sy[there], yy[there])
+            else:
+                products = self._products(here, gradient[there])
+            self.products[here] = products
+            found[there] = self._product(here, gradient[there], products)
+        return found
 
-    def _extend(self, owners: Tensor, slots: Tensor, products: Tensor) -> None:
-        """Put the new pairs' columns into the small matrices; ``products`` are those with the new y."""
-        each, (sy, yy) = torch.arange(len(owners), device=owners.device), products.unbind(1)
-        curvature, inverse = sy[each, slots], self.inverse[owners]
-        inverse[each, slots], inverse[each, :, slots] = 0.0, 0.0  # the oldest pair leaves
-        column = -(inverse @ sy[:, :, None]).squeeze(2) / curvature[:, None]
-        column[each, slots] = 1 / curvature
-        inverse[each, :, slots] = column
-        self.inverse[owners], self.curvature[owners, slots] = inverse, curvature
-        self.yy[owners, slots], self.yy[owners, :, slots] = yy, yy
-        self.scale[owners, 0] = curvature / yy[each, slots]
-        self.slot[owners] = (slots + 1) % self.size
+    def _remember(self, rows: slice, s: Tensor, y: Tensor) -> None:
+        slot = self.slots[rows.start]
+        self.pairs[rows, slot], self.pairs[rows, slot + self.size] = s, y
 
-    def _product(self, rows: Tensor, gradient: Tensor, products: Tensor) -> Tensor:
+    def _extend(self, rows: slice, products: Tensor, sy: Tensor, yy: Tensor) -> None:
+        """Put the newest pair into the small matrices; ``products`` are those of all older ones with y."""
+        slot, inverse = self.slots[rows.start], self.inverse[rows]
+        products[:, slot], products[:, slot + self.size] = sy, yy
+        inverse[:, slot], inverse[:, :, slot] = 0.0, 0.0  # the oldest pair leaves
+        column = torch.bmm(products[:, None, : self.size], inverse)[:, 0] / -sy[:, None]
+        column[:, slot] = 1 / sy
+        inverse[:, slot] = column
+        self.curvature[rows, slot] = sy
+        self.yy[rows, slot] = self.yy[rows, :, slot] = products[:, self.size :]
+        self.scale[rows, 0] = sy / yy
+        self.slots[rows] = [(slot + 1) % self.size] * len(sy)
+
+    def _product(self, rows: slice, gradient: Tensor, products: Tensor) -> Tensor:
         """Theorem 2.2, read from right to left; ``products`` are those of the pairs with the gradient."""
-        (sg, yg), scale, inverse = products.unbind(1), self.scale[rows], self.inverse[rows]
-        u = (inverse @ sg[:, :, None]).squeeze(2)
-        v = self.curvature[rows] * u + scale * ((self.yy[rows] @ u[:, :, None]).squeeze(2) - yg)
-        w = (v[:, None] @ inverse).squeeze(1)
-        weights = torch.cat([-w, scale * u], 1).to(gradient)
-        parts = [torch.bmm(weights[there, None], self.pairs[here]) for there, here in _runs(rows)]
-        return torch.cat(parts).squeeze(1) - scale.to(gradient) * gradient
+        scale, inverse = self.scale[rows], self.inverse[rows]
+        sg, yg = products[:, : self.size], products[:, self.size :]
+        u = torch.bmm(sg[:, None], inverse)
+        v = torch.bmm(u, self.yy[rows])[:, 0].sub_(yg).mul_(scale).addcmul_(self.curvature[rows], u[:, 0])
+        w = torch.bmm(v[:, None], inverse.mT)
+        weights = torch.cat([-w[:, 0], scale * u[:, 0]], 1).to(gradient)
+        step = torch.bmm(weights[:, None], self.pairs[rows])[:, 0]
+        return step.addcmul_(scale.to(gradient), gradient, value=-1)
 
-    def _products(self, rows: Tensor, gradient: Tensor) -> Tensor:
-        """Of all pairs with the gradients, ``(row, s or y, slot)``."""
-        parts = [torch.bmm(gradient[there, None], self.pairs[here].mT) for there, here in _runs(rows)]
-        return torch.cat(parts).double().view(len(rows), 2, self.size)
+    def _products(self, rows: slice, gradient: Tensor) -> Tensor:
+        """Of all pairs with the gradients, ``(row, pair)``."""
+        return torch.bmm(gradient[:, None], self.pairs[rows].mT)[:, 0].double()
 
+    def _runs(self, rows: list[int], kept: list[bool]) -> Iterator[tuple[slice, slice]]:
+        """Consecutive ``rows`` alike, as slices of themselves and of the whole: no state is ever copied."""
+        start = 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or not self._alike(rows, kept, end):
+                yield slice(start, end), slice(rows[start], rows[start] + end - start)
+                start = end
 
-def _runs(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Consecutive ``rows`` as slices of themselves and of the whole: so no history is ever copied."""
-    start, numbers = 0, rows.tolist()
-    for end in range(1, len(numbers) + 1):
-        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
-            yield slice(start, end), slice(numbers[start], numbers[end - 1] + 1)
-            start = end
+    def _alike(self, rows: list[int], kept: list[bool], end: int) -> bool:
+        before, after = rows[end - 1], rows[end]
+        same = kept[end - 1] == kept[end] and self.slots[before] == self.slots[after]
+        return same and before + 1 == after
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

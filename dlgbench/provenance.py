@@ -41,11 +41,12 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """The processor or GPU in words."""
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """The processor or GPU in words; ``threads`` are those used of a processor, torch's unless given."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = threads or torch.get_num_threads()
+    return f"{_processor()}, {threads} threads" if device.type == "cpu" else device.type
 
 
 def free_memory(device: torch.device) -> float:
@@ -72,20 +73,24 @@ class Meter:
             with suppress(OSError):  # absent but on Linux, and forbidden in some containers
                 CLEAR_REFS.write_text("5")  # the peak from now on: proc(5), /proc/pid/clear_refs
                 self.before = _number(STATUS, "VmRSS")
-        self.started = time.perf_counter()
+        self.started, self.worked = time.perf_counter(), time.process_time()
 
     def stop(self, trials: int = 1) -> dict[str, Any]:
-        """Seconds a trial, and the peak in bytes of the device's memory, or on Linux of what was added.
+        """Seconds and CPU-seconds a trial, and the peak in bytes of the device's memory, or on Linux of what
+        was added.
 
         Trials that shared a batch share its time equally.  The memory is None where the platform does
         not tell; what this process held before is not counted.
         """
         seconds = round((time.perf_counter() - self.started) / trials, 3)
+        worked = round((time.process_time() - self.worked) / trials, 3)
         if self.device.type == "cuda":
             peak: int | None = torch.cuda.max_memory_allocated(self.device)
         else:
             peak = _number(STATUS, "VmHWM") - self.before if self.before else None
-        return {"seconds": seconds, "trials_in_batch": trials, "peak_memory_bytes": peak}
+        return {
+            "seconds": seconds, "cpu_seconds": worked, "trials_in_batch": trials, "peak_memory_bytes": peak
+        }  # fmt: skip
 
 
 def _number(file: str, line: str) -> int:

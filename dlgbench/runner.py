@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from dlgbench import trial
+from dlgbench import processes, trial
 from dlgbench.case import Case
 from dlgbench.grid import Data, why_not
 from dlgbench.records import Record
 from dlgbench.registry import DEFENSES
 from dlgbench.store import Store
-from dlgbench.trial import Setup, batch_size
+from dlgbench.trial import Setup
 
 
 class Watch(Protocol):
@@ -66,7 +66,7 @@ def run(
     device = trial.device_of(setup.accelerator)
     for group in _groups(todo):
         refused = why_not(group[0], data)
-        waiting, most = group, len(group) if refused else batch_size(group[0], device)
+        waiting, most = group, len(group) if refused else processes.batch_size(group[0], device)
         while waiting and not summary.out_of_time:
             left = deadline - time.monotonic()
             batch = pending(waiting[:most], store.load(waiting[:most])[0], limits)
@@ -100,4 +100,4 @@ def _batch(batch: Sequence[Case], waiting: int, data: Data, setup: Setup, watch:
     watch.begin(batch)
     if reason := why_not(batch[0], data):
         return [(Record(case=case, status="skipped", reason=reason), b"") for case in batch]
-    return trial.run(batch, data(batch[0].dataset), setup, watch.step, waiting)
+    return processes.run(batch, data(batch[0].dataset), setup, watch.step, waiting)

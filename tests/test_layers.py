@@ -12,7 +12,7 @@ import dlgbench
 
 FLOORS: Sequence[set[str]] = (
     {"", "errors", "exits", "text"},
-    {"registry", "images", "provenance", "linesearch", "batchnorm", "doctor"},
+    {"registry", "images", "provenance", "linesearch", "batchnorm", "convolution", "doctor"},
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
     {"leak", "case"},
@@ -23,7 +23,7 @@ FLOORS: Sequence[set[str]] = (
     {"callbacks", "columns", "plots"},
     {"scoring"},
     {"trial", "render", "report"},
-    {"store", "display"},
+    {"store", "display", "processes"},
     {"grid", "executors"},
     {"runner", "views"},
     {"measure"},
