@@ -23,6 +23,13 @@ def features(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a graph were being traced: otherwise the layer is PyTorch's."""
+    monkeypatch.setattr("dlgbench.batchnorm.get_proxy_mode", object)
+
+
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 2, 2), (4, 3, 1, 1)])
 def test_it_is_pytorchs_batch_norm_in_train_mode(shape: tuple[int, ...]) -> None:
     ours, x = layer(), features(*shape)
@@ -30,6 +37,7 @@ def test_it_is_pytorchs_batch_norm_in_train_mode(shape: tuple[int, ...]) -> None
     torch.testing.assert_close(ours(x), theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("shape", [(2, 3, 3, 2), (1, 3, 2, 2)])
 def test_first_and_second_derivatives_are_those_of_finite_differences(shape: tuple[int, ...]) -> None:
     ours = layer()
@@ -44,6 +52,12 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(shape: tup
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+def test_it_is_pytorchs_unless_traced() -> None:
+    ours, x = layer(), features(2, 3, 4, 5).requires_grad_()
+    assert type(ours(x).grad_fn).__name__ == "NativeBatchNormBackward0"
+
+
+@pytest.mark.usefixtures("traced")
 def test_rows_under_vmap_are_the_rows_alone() -> None:
     ours, x = layer(), features(4, 2, 3, 3, 3)
 

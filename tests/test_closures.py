@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +123,29 @@ def test_compiled_code_is_kept_for_the_next_run(cache: Path, monkeypatch: pytest
     other, _ = prepared("lenet5")
     figures = Compiler("auto").prepare(other.closure, "another", example, 1)
     assert (figures["calls_expected"], other.closure.facts["closure"]) == (1, "eager")
+
+
+def test_of_two_at_once_one_compiles_and_the_other_waits(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def compile(self: Closure, path: Path, *example: object) -> None:
+        made.append(path)
+        time.sleep(0.3)
+        path.write_bytes(b"code")
+
+    monkeypatch.setattr(Closure, "compile", compile)
+    monkeypatch.setattr(Closure, "load", lambda self, path: path.stat())
+    attack, leak = prepared("lenet5")
+    with ThreadPoolExecutor(2) as pool:
+        work = [
+            pool.submit(Compiler("on").prepare, attack.closure, "any", attack.example(leak), 1)
+            for _ in range(2)
+        ]
+        figures = sorted(len(one.result()) for one in work)
+    assert len(made) == 1
+    assert figures == [1, 4]  # one found it compiled earlier
 
 
 def test_a_compiler_that_fails_is_told_of_once_and_done_without(
