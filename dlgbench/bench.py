@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import exits, measure, provenance
+from dlgbench import exits, measure, provenance, trial
 from dlgbench.compiler import Compiler
 from dlgbench.records import write
 from dlgbench.registry import NETWORKS
@@ -36,7 +35,7 @@ SECTIONS = {
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Returns the exit code."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its advice and notices
+    trial.quieten()
     provenance.exact_float32()
     store = Store(options.out)
     store.prepare()

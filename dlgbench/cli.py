@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -252,12 +251,11 @@ def _minutes(text: str) -> float:
 
 
 def _quiet() -> None:
-    """Before torch is imported: room for its kernels, no launcher's variables, no deprecations of its own."""
+    """Before torch is imported: room for its kernels, and no launcher's variables."""
     # DenseNet-121's closure needs some 1000 convolutions; where they do not fit, they are made anew each time
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     for name in [n for n in os.environ if n in LAUNCHER_VARIABLES or n.startswith("SLURM_")]:
         del os.environ[name]  # with them, the loggers of all but one process write nothing
-    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning_utilities")
 
 
 def _console(options: argparse.Namespace) -> Console:

@@ -65,7 +65,7 @@ class Compiler:
             return {}
         try:
             path = folder() / f"{_key(identity, closure, example[0].device)}.pt2"
-            with FileLock(path.with_suffix(".lock")):  # waits where another process is making it
+            with FileLock(path.with_suffix(".lock")), _quiet():  # waits where another is making it
                 return self._prepare(closure, path, example, calls)
         except OSError as error:  # a home that is read-only or somebody else's
             self._give_up(error)
@@ -92,8 +92,7 @@ class Compiler:
         started = time.perf_counter()
         unfinished = path.with_suffix(f".{os.getpid()}.pt2")
         try:
-            with _quiet():
-                closure.compile(unfinished, *example)
+            closure.compile(unfinished, *example)
             closure.load(unfinished)
             _note(path).write_text(f"{time.perf_counter() - started:.1f}")
             unfinished.replace(path)

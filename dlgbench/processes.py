@@ -60,6 +60,7 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
 
 def _work(parent: Connection, cases: Sequence[Case], dataset: Dataset, setup: Setup, waiting: int) -> None:
     """In the child: its progress, the compiler's complaint if there is one, and its trials, to the parent."""
+    trial.quieten()
     torch.set_num_threads(1)
     setup.compiler.tell = parent.send
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -26,7 +25,7 @@ from dlgbench.trial import Setup
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Returns the exit code; raises UsageError before anything is computed or written."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its advice and notices
+    trial.quieten()
     root = options.data_root and options.data_root.expanduser()
     store, data = Store(options.out), Data(root)
     manifests = _manifests(options, data)

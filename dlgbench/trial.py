@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -160,6 +162,12 @@ def _known(case: Case) -> dict[str, Any]:
 def device_of(accelerator: str) -> torch.device:
     """The device that Lightning chooses; raises what it raises where there is none."""
     return trainer_on(accelerator, []).strategy.root_device
+
+
+def quieten() -> None:
+    """Silence the advice, notices and deprecations of Lightning: they are for who writes training loops."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning_utilities")
 
 
 def trainer_on(accelerator: str, callbacks: list[pl.Callback]) -> pl.Trainer:
