@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from dlgbench import leaderboard, records, render
+from dlgbench import bench, leaderboard, records, render
 from dlgbench.records import Manifest
 from dlgbench.store import Store
 
@@ -44,6 +45,20 @@ def test_the_table_in_the_readme_is_the_published_one() -> None:
     (standard,) = [m for m in MANIFESTS if m.plan == "architectures" and m.profile == "standard"]
     table = (RESULTS.root / "tables" / f"{standard.name}.md").read_text(encoding="utf-8")
     assert block("table").strip() == table.strip()
+
+
+def test_the_published_benchmark_is_its_records() -> None:
+    record = json.loads((RESULTS.root / "tables" / "bench.json").read_text(encoding="utf-8"))
+    assert not record["short"]
+    assert (RESULTS.root / "tables" / "bench.md").read_text(encoding="utf-8") == bench._markdown(record)
+    ours, theirs = record["reconstructions"]
+    expected = [[theirs["trials an hour"], ours["trials an hour"]]]
+    expected += [[theirs["recovered per CPU-s"], ours["recovered per CPU-s"]]]
+    expected += [[row["textbook ms"], row["ours ms"]] for row in record["closures"][1:]]
+    shown = [line.split("|")[2:4] for line in block("bench").splitlines()[2:]]
+    assert [[cell.strip() for cell in cells] for cells in shown] == [
+        [bench._show(value) for value in values] for values in expected
+    ]
 
 
 def test_the_readme_is_short_and_its_pictures_exist() -> None:
