@@ -243,7 +243,7 @@ def test_only_active_cases_are_evaluated_in_whole_calls() -> None:
 
 def test_a_call_takes_what_the_device_is_filled_by() -> None:
     cpu = torch.device("cpu")
-    assert width_for(32**2, cpu) == 8
-    assert width_for(2 * 32**2, cpu) == 4
+    assert width_for(32**2, cpu) == 4
+    assert width_for(2 * 32**2, cpu) == 2
     assert width_for(224**2, cpu) == 1
     assert width_for(32**2, torch.device("meta")) == 1
