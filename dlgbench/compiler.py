@@ -67,9 +67,15 @@ class Compiler:
             path = folder() / f"{_key(identity, closure, example[0].device)}.pt2"
             with FileLock(path.with_suffix(".lock")), _quiet():  # waits where another is making it
                 return self._prepare(closure, path, example, calls)
-        except OSError as error:  # a home that is read-only or somebody else's
-            self._give_up(error)
+        except (OSError, NotImplementedError) as error:  # a home that is not ours, or that knows no locks
+            self.give_up(_complaint(error))
             return {}
+
+    def give_up(self, message: str) -> None:
+        """Compile no more, and say so once."""
+        if not self.broken:
+            self.tell(message)
+        self.broken = True
 
     def _prepare(
         self, closure: Closure, path: Path, example: tuple[Any, Any, Leak], calls: int
@@ -97,15 +103,15 @@ class Compiler:
             _note(path).write_text(f"{time.perf_counter() - started:.1f}")
             unfinished.replace(path)
         except Exception as error:  # of torch's, of the compiler's, of the system's: all end the same way
-            self._give_up(error)
+            self.give_up(_complaint(error))
         finally:
             unfinished.unlink(missing_ok=True)
         return round(time.perf_counter() - started, 1)
 
-    def _give_up(self, error: Exception) -> None:
-        self.broken = True
-        reason = next(iter(str(error).strip().splitlines()), "")[:200]
-        self.tell(f"could not compile, going on without ({type(error).__name__}: {reason})")
+
+def _complaint(error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "")[:200]
+    return f"could not compile, going on without ({type(error).__name__}: {reason})"
 
 
 def _seconds(closure: Closure, example: tuple[Any, Any, Leak]) -> float:

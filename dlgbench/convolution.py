@@ -56,10 +56,18 @@ class _Window(NamedTuple):
         return (side + 2 * self.padding - self.kernel) // self.stride + 1
 
 
-class _Patches(torch.autograd.Function):
-    """``(image, channel, height, width)`` → ``(channel kernel kernel, image height width)``, linear."""
+class _Rearrangement(torch.autograd.Function):
+    """A linear function that a window determines."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Window], output: Tensor) -> None:
+        ctx.window = inputs[1]
+
+
+class _Patches(_Rearrangement):
+    """``(image, channel, height, width)`` → ``(channel kernel kernel, image height width)``."""
 
     @staticmethod
     def forward(images: Tensor, window: _Window) -> Tensor:
@@ -73,18 +81,12 @@ class _Patches(torch.autograd.Function):
         return views.reshape(images.shape[1] * kernel**2, -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Window], output: Tensor) -> None:
-        ctx.window = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Images.apply(gradient, ctx.window), None
 
 
-class _Images(torch.autograd.Function):
+class _Images(_Rearrangement):
     """The transpose of `_Patches`: every pixel is the sum of its places in the patches."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(patches: Tensor, window: _Window) -> Tensor:
@@ -106,10 +108,6 @@ class _Images(torch.autograd.Function):
         shape = stride, stride, *sums[0].shape
         padded = torch.stack(sums).view(shape).permute(3, 2, 4, 0, 5, 1).flatten(4).flatten(2, 3)
         return padded[:, :, padding : padding + height, padding : padding + width]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Window], output: Tensor) -> None:
-        ctx.window = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -214,12 +214,12 @@ class _History:
         kept = (sy > CURVATURE).tolist()
         found = torch.empty_like(gradient)
         for there, here in self._runs(rows, kept):
-            if kept[there.start]:
+            new = kept[there.start]
+            if new:
                 self._remember(here, s[there], y[there])
-                products = self._products(here, gradient[there])
+            products = self._products(here, gradient[there])
+            if new:
                 self._extend(here, products - self.products[here], sy[there], yy[there])
-            else:
-                products = self._products(here, gradient[there])
             self.products[here] = products
             found[there] = self._product(here, gradient[there], products)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -23,43 +24,50 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def batch_size(case: Case, device: torch.device) -> int:
-    """How many cases like this one to run at once: on a CPU, one batch a core."""
-    most = trial.batch_size(case, device)
-    return most if most == 1 or device.type != "cpu" else most * _cores()
+    """How many cases like this one to run at once: on a CPU, as many a core as one process would take."""
+    return trial.batch_size(case, device, _cores() if device.type == "cpu" else 1)
 
 
 def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiting: int = 0) -> list[Trial]:
     """What `trial.run` does, by as many processes as there are cores where that pays."""
     device = trial.device_of(setup.accelerator)
-    calls = len(cases) * cases[0].steps * int(cases[0].attack.get("iterations") or 1)
-    small = device.type == "cpu" and trial.batch_size(cases[0], device) > 1
-    count = min(_cores(), len(cases)) if small and calls >= MANY else 1
+    small = device.type == "cpu" and trial.call_width(cases[0], device) > 1
+    many = len(cases) * trial.most_closures(cases[0]) >= MANY
+    count = min(_cores(), len(cases)) if small and many else 1
     if count == 1:
         return trial.run(cases, dataset, setup, show, waiting)
-    context = cast(Any, multiprocessing.get_context(METHOD))
-    if METHOD == "forkserver":
-        context.set_forkserver_preload([trial.__name__])
-    quiet = replace(setup, compiler=Compiler(setup.compiler.mode))
-    quiet.compiler.broken = setup.compiler.broken
-    children = {}
+    mode = "off" if setup.compiler.broken else setup.compiler.mode
+    theirs = replace(setup, compiler=Compiler(mode))
+    children = [_Child(cases[part::count], dataset, theirs, waiting) for part in range(count)]
     try:
-        for part in range(count):
-            ours, theirs = context.Pipe(duplex=False)
-            work = (theirs, cases[part::count], dataset, quiet, waiting)
-            child = context.Process(target=_work, args=work)
-            child.start()
-            theirs.close()
-            children[ours] = child
-        parts = _gather(list(children), setup.compiler, show)
-        return [parts[index % count][index // count] for index in range(len(cases))]
+        parts = _gather([child.pipe for child in children], setup.compiler, show)
     finally:
-        for child in children.values():
-            child.terminate()
-            child.join()
+        for child in children:
+            child.end()
+    return [parts[index % count][index // count] for index in range(len(cases))]
+
+
+class _Child:
+    """A process that runs some cases; what it has to say comes through ``pipe``."""
+
+    def __init__(self, *work: Any) -> None:
+        context = cast(Any, multiprocessing.get_context(METHOD))
+        if METHOD == "forkserver":
+            context.set_forkserver_preload([trial.__name__])
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(theirs, *work))
+        self.process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
 
 
 def _work(parent: Connection, cases: Sequence[Case], dataset: Dataset, setup: Setup, waiting: int) -> None:
     """In the child: its progress, the compiler's complaint if there is one, and its trials, to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which the parent gets too: it ends us
     trial.quieten()
     torch.set_num_threads(1)
     setup.compiler.tell = parent.send
@@ -82,8 +90,7 @@ def _gather(pipes: Sequence[Connection], compiler: Compiler, show: Show) -> list
             if isinstance(message, Crowded):
                 raise message
             if isinstance(message, str):
-                compiler.broken = True
-                compiler.tell(message)
+                compiler.give_up(message)
             elif isinstance(message, tuple):
                 progress[pipe] = message
                 running = [value for other, value in progress.items() if other not in ended]

@@ -72,7 +72,9 @@ def run(
             batch = pending(waiting[:most], store.load(waiting[:most])[0], limits)
             bounded = replace(setup, timeout=min(setup.timeout, left))
             try:
-                ended = _batch(batch, len(waiting), data, bounded, watch) if batch and left > 0 else []
+                ended = (
+                    _batch(batch, refused, len(waiting), data, bounded, watch) if batch and left > 0 else []
+                )
             except trial.Crowded:
                 most = -(-len(batch) // 2)
                 continue
@@ -96,8 +98,10 @@ def _groups(cases: Sequence[Case]) -> list[list[Case]]:
     return list(groups.values())
 
 
-def _batch(batch: Sequence[Case], waiting: int, data: Data, setup: Setup, watch: Watch) -> list[trial.Trial]:
+def _batch(
+    batch: Sequence[Case], refused: str | None, waiting: int, data: Data, setup: Setup, watch: Watch
+) -> list[trial.Trial]:
     watch.begin(batch)
-    if reason := why_not(batch[0], data):
-        return [(Record(case=case, status="skipped", reason=reason), b"") for case in batch]
+    if refused:
+        return [(Record(case=case, status="skipped", reason=refused), b"") for case in batch]
     return processes.run(batch, data(batch[0].dataset), setup, watch.step, waiting)

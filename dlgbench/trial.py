@@ -72,15 +72,25 @@ Show = Callable[[int, float, float], None]
 cases, the medians."""
 
 
-def batch_size(case: Case, device: torch.device) -> int:
+def call_width(case: Case, device: torch.device) -> int:
+    """How many cases like this one a call of their closure takes."""
+    return width_for(case.batch * case.resolution**2, device)
+
+
+def most_closures(case: Case) -> int:
+    """How many closures a trial evaluates at most, but for line searches."""
+    return case.steps * int(case.attack.get("iterations") or 1)
+
+
+def batch_size(case: Case, device: torch.device, processes: int = 1) -> int:
     """How many cases like this one to run at once, if half of the free memory holds them."""
-    calls = width_for(case.batch * case.resolution**2, device)
-    if calls == 1:
+    width = call_width(case, device)
+    if width == 1:
         return 1
     pairs = 2 * int(case.attack.get("history") or 0) * math.prod(case.shape)
     weights = sum(parameter.numel() for parameter in network_of(case).parameters())
     needed = getattr(torch, case.dtype).itemsize * (pairs + 4 * weights)
-    return int(max(1, min(BATCH_CALLS * calls, provenance.free_memory(device) / 2 // needed)))
+    return int(max(1, min(BATCH_CALLS * width * processes, provenance.free_memory(device) / 2 // needed)))
 
 
 def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiting: int = 0) -> list[Trial]:
@@ -104,7 +114,7 @@ def _run(
     provenance.exact_float32()
     secrets = [secret_of(case, dataset) for case in cases]
     attack, leak = prepared(cases, secrets, device)
-    calls = cases[0].steps * int(cases[0].attack.get("iterations") or 1) * -(-waiting // attack.closure.width)
+    calls = most_closures(cases[0]) * -(-waiting // attack.closure.width)
     compiling = setup.compiler.prepare(attack.closure, identity(cases[0]), attack.example(leak), calls)
     judge, guard = Judge(secrets, cases[0].steps), Guard(len(cases), setup.timeout)
     loggers = [_logger(case, setup.tensorboard) for case in cases] if setup.tensorboard else []

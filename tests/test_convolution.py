@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dlgbench.convolution import Conv2d
@@ -27,15 +25,14 @@ def images(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-def traced(ours: Conv2d, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def traced(ours: Conv2d, x: Tensor) -> fx.GraphModule:
     """The layer as it stands in a graph, a function of images and weight."""
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
         output: Tensor = torch.func.functional_call(ours, {"weight": weight}, (x,))
         return output
 
-    graph: Callable[[Tensor, Tensor], Tensor] = make_fx(function)(x, ours.weight.detach())
-    return graph
+    return make_fx(function)(x, ours.weight.detach())
 
 
 @given(
@@ -53,7 +50,7 @@ def test_in_a_graph_it_is_pytorchs_convolution(
 
 def test_a_graph_holds_no_convolution() -> None:
     ours, x = layer(2, 3, 1, 1), images(1, 2, 6, 6)
-    names = {str(node.target) for node in traced(ours, x).graph.nodes}  # type: ignore[attr-defined]
+    names = {str(node.target) for node in traced(ours, x).graph.nodes}
     assert not any("convolution" in name for name in names)
 
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from dlgbench import processes, trial
+from dlgbench import processes, provenance, trial
 from dlgbench.case import Case
 from dlgbench.compiler import Compiler
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
@@ -106,5 +106,15 @@ def test_the_slowest_child_is_shown() -> None:
     assert {step for step, *_ in shown} == {1}
 
 
-def test_this_process_has_cores() -> None:
-    assert 1 <= processes._cores() <= (os.cpu_count() or 1)
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    assert processes._cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert processes._cores() == 4
+
+
+def test_the_cores_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(provenance, "free_memory", lambda device: 2e8)
+    assert 1 < trial.batch_size(CASE, cpu, 64) == trial.batch_size(CASE, cpu) < trial.BATCH_CALLS * 4
