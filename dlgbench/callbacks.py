@@ -23,7 +23,7 @@ FRAMES = 8
 HISTORY = ("mse", "psnr", "ssim")
 """The metrics of every iterate."""
 BLOW_UP = 1e3
-"""A dummy beyond this many units of normalised input counts as diverged.  Measured on lenet_dlg, 30 trials
+"""An image with a pixel beyond this counts as diverged.  Measured on lenet_dlg, 30 trials
 with torch's own L-BFGS: 9 passed it within 10 steps; let go on for 300, none found a better iterate.  Those
 that recovered stayed below 5."""
 
@@ -92,7 +92,7 @@ class Guard(pl.Callback):
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
-        largest = attack.dummy_images.detach().flatten(1).abs().amax(1)
+        largest = attack.pixels(attack.dummy_images.detach()).flatten(1).abs().amax(1)
         sound = (attack.trace[-1].isfinite() & (largest < BLOW_UP)).cpu()  # where it is NaN: not sound
         late = time.monotonic() > self.deadline
         for row in attack.active.nonzero().squeeze(1).tolist():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dlgbench.leak import Leak
 
 Objective = Callable[[Tensor, Tensor, Leak], Tensor]
-"""Of one case: dummy images ``(image, channel, height, width)``, labels ``(image, class)`` → scalar."""
+"""Of one case: images ``(image, channel, height, width)``, labels' logits ``(image, class)`` → scalar."""
 WIDTH = {"cpu": 4, "cuda": 256}
 """How many 32 px images one call takes, by device: on a CPU core, more gain nothing (LeNet)."""
 
@@ -91,7 +91,7 @@ class Closure:
             dummies = images[0].detach().requires_grad_(), labels[0].detach().requires_grad_()
             with torch.enable_grad():
                 value = self._objective(*dummies, leak.row(0))
-            image, label = torch.autograd.grad(value, dummies)
+            image, label = torch.autograd.grad(value, dummies, materialize_grads=True)
             return value.detach()[None], image[None], label[None]
         both = torch.func.grad_and_value(self._objective, argnums=(0, 1))
         gradients, values = torch.func.vmap(both)(images, labels, leak)

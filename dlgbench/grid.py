@@ -15,7 +15,7 @@ from dlgbench.errors import Unsuitable, UsageError, unknown
 from dlgbench.images import digest
 from dlgbench.plan import Plan
 from dlgbench.records import Manifest
-from dlgbench.registry import DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
 
 LARGEST_STEP = 25
 """Closures in one step of L-BFGS at most: torch stops at 1.25 times its 20 iterations."""
@@ -132,7 +132,8 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
         preparation=preparation,
         channels=facts["channels"] or dataset.channels,
         classes=_number(row, "classes") or dataset.classes or facts["classes"],
-        **{name: row[name] for name in ("steps", "dtype", "image", "seed")},
+        steps=min(row["steps"], ATTACKS.entry(specs["attack"].name).facts.get("steps", row["steps"])),
+        **{name: row[name] for name in ("dtype", "image", "seed")},
     )
     return replace(case, data=data.digest(case.dataset, victims.indices(case)))
 

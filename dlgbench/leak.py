@@ -61,10 +61,16 @@ def gradients(
     """
 
     def loss(weights: Tensors) -> Tensor:
-        return network.loss(functional_call(network, (weights, buffers), (images,)), labels)
+        return network.loss(forward(network, weights, buffers, images), labels)
 
     gradient: Tensors = torch.func.grad(loss)(weights)
     return gradient
+
+
+def forward(network: Network, weights: Tensors, buffers: Tensors, images: Tensor) -> tuple[Tensor, ...]:
+    """The logits of every head, ``(image, class)``, with these weights."""
+    logits: tuple[Tensor, ...] = functional_call(network, (weights, buffers), (images,))
+    return logits
 
 
 def stack(leaks: Sequence[Leak]) -> Leak:

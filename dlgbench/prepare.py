@@ -79,6 +79,15 @@ class Network(nn.Module):
         return torch.stack(tuple(terms)).sum()
 
     @cached_property
+    def head(self) -> str:
+        """The name of the linear layer that gives the logits: of several heads, the first."""
+        assert isinstance(self.body, fx.GraphModule)  # what `replace_activation` returns
+        node = next(node for node in self.body.graph.nodes if node.op == "output")
+        while node.op != "call_module":
+            node = node.all_input_nodes[0]
+        return f"body.{node.target}"
+
+    @cached_property
     def has_masks(self) -> bool:
         """Whether `draw_masks` gives any."""
         return any(isinstance(layer, Dropout) for layer in self.modules())

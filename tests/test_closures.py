@@ -204,7 +204,7 @@ def test_values_do_not_depend_on_the_width(width: int) -> None:
     attack, leak = prepared("lenet5", 5, "float64")
     dummies = attack.dummy_images.detach(), attack.dummy_labels.detach()
     whole = attack.closure(*dummies, leak)
-    assert_alike(Closure(attack.objective, width)(*dummies, leak), whole, 1e-12)
+    assert_alike(Closure(attack.distance, width)(*dummies, leak), whole, 1e-12)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -232,7 +232,7 @@ def test_only_active_cases_are_evaluated_in_whole_calls() -> None:
     attack, leak = prepared("lenet5", 5)
     dummies = attack.dummy_images.detach(), attack.dummy_labels.detach()
     whole = attack.evaluate(*dummies, leak)
-    attack.closure = Counted(attack.objective, 2)
+    attack.closure = Counted(attack.distance, 2)
     attack.active[torch.tensor([0, 3])] = False
     some = attack.evaluate(*dummies, leak)
     assert some.objective.isnan().tolist() == [True, False, False, True, False]

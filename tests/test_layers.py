@@ -12,11 +12,11 @@ import dlgbench
 
 FLOORS: Sequence[set[str]] = (
     {"", "errors", "exits", "text"},
-    {"registry", "images", "provenance", "linesearch", "batchnorm", "convolution", "doctor"},
+    {"registry", "images", "provenance", "linesearch", "batchnorm", "convolution", "spectrum", "doctor"},
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
     {"leak", "case"},
-    {"closures"},
+    {"closures", "labels", "peeling"},
     {"compiler"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.*", "victims", "leaderboard", "listing"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlgbench.closures import Closure, Values, width_for
+from dlgbench.labels import logits, recover
 from dlgbench.leak import Leak, Tensors, gradients, squared_distance, squared_norm
 from dlgbench.prepare import Network
 
@@ -49,7 +50,7 @@ class Attack(pl.LightningModule, ABC):
     """
 
     dummy_images: nn.Parameter
-    """``(case, image, channel, height, width)``, in the units of the network's normalised input."""
+    """``(case, …)``: what is optimised, from which `pixels` makes the images."""
     dummy_labels: nn.Parameter
     """Logits, ``(case, image, class)``."""
     active: Tensor
@@ -71,7 +72,7 @@ class Attack(pl.LightningModule, ABC):
         self.best_objective = torch.full((len(starts),), torch.inf, dtype=dtype)
         self.active = torch.ones(len(starts), dtype=torch.bool)
         width = width_for(task.image * task.height * task.width, network.mean.device)
-        self.closure = Closure(self.objective, min(width, len(starts)))
+        self.closure = Closure(self.distance, min(width, len(starts)))
         self.trace: list[Tensor] = []
         self.closures = torch.zeros(len(starts), dtype=torch.long)
         self._at_new_iterate = True
@@ -79,7 +80,7 @@ class Attack(pl.LightningModule, ABC):
 
     @abstractmethod
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The first dummies of one case: images ``(image, channel, height, width)``, labels' logits."""
+        """The first dummies of one case: of the images, and the labels' logits ``(image, class)``."""
 
     @abstractmethod
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
@@ -90,15 +91,22 @@ class Attack(pl.LightningModule, ABC):
         return gradients(self.network, leak.weights, leak.buffers, images, labels)
 
     def pixels(self, dummies: Tensor) -> Tensor:
-        """Dummies as images whose pixels are meant to lie in [0, 1]."""
+        """All cases' dummies as images ``(case, image, channel, height, width)`` meant to lie in [0, 1]."""
         return dummies * self.network.std + self.network.mean
 
-    def objective(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """The objective of one case's dummies, a scalar."""
-        return self.distance(self.pixels(images), labels, leak)
+    def look(self, leak: Leak) -> None:
+        """What an attack does once, before its first step: nothing, unless it infers something first."""
 
-    def evaluate(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
-        """Objectives and gradients of all cases; NaN and 0 for those that are not active."""
+    def evaluate(self, dummies: Tensor, labels: Tensor, leak: Leak) -> Values:
+        """Objectives and their gradients in the dummies; NaN and 0 for cases that are not active."""
+        leaf = dummies.detach().requires_grad_()
+        with torch.enable_grad():
+            images = self.pixels(leaf)
+        values = self._evaluate(images.detach(), labels, leak)
+        (gradient,) = torch.autograd.grad(images, leaf, values.images)
+        return values._replace(images=gradient)
+
+    def _evaluate(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
         wanted = self.active.nonzero().squeeze(1).tolist()
         rows = wanted + wanted[:1] * (self.closure.rounded(len(wanted)) - len(wanted))
         every = rows == list(range(len(self.active)))
@@ -125,16 +133,17 @@ class Attack(pl.LightningModule, ABC):
         some, device = leak.rows(slice(self.closure.width)), self.network.mean.device
         masks = self.network.draw_masks(torch.Generator()) if self.network.has_masks else {}
         drawn = {name: torch.stack([mask] * self.closure.width).to(device) for name, mask in masks.items()}
-        dummies = (self.dummy_images, self.dummy_labels)
-        images, labels = (tensor.detach()[: self.closure.width].to(device) for tensor in dummies)
+        dummies = (self.pixels(self.dummy_images.to(device)), self.dummy_labels.to(device))
+        images, labels = (tensor.detach()[: self.closure.width] for tensor in dummies)
         return images, labels, some._replace(buffers={**drawn, **some.buffers})
 
-    def on_fit_start(self) -> None:
-        self.best_images, self.best_labels, self.best_objective = (
-            tensor.to(self.device) for tensor in (self.best_images, self.best_labels, self.best_objective)
-        )
-
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
+        if batch_idx == 0:
+            with torch.no_grad():
+                self.look(batch)
+            self.best_images = self.dummy_images.detach().clone()
+            self.best_labels = self.dummy_labels.detach().clone()
+            self.best_objective = self.best_objective.to(self.device)
         self._leak = batch
         self._at_new_iterate = True
 
@@ -184,6 +193,17 @@ class Attack(pl.LightningModule, ABC):
     def _relative(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         ours = self.gradients(images, labels, leak)
         return squared_distance(ours, leak.gradients) / squared_norm(leak.gradients)
+
+
+class LabelsFirst(Attack):
+    """An attack that infers the labels before it starts, and optimises the images alone."""
+
+    def look(self, leak: Leak) -> None:
+        """Set every case's labels to those that its head's gradient tells."""
+        grey = torch.full(self.pixels(self.dummy_images).shape[1:], 0.5).to(self.dummy_images)
+        for row, found in enumerate(self.dummy_labels):
+            seen = self.seen(leak, [row]).row(0)
+            found.copy_(logits(recover(self.network, seen, grey), found.shape[-1]))
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""What follows from a gradient without any search: labels always, an image where layers can be inverted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlgbench.attacks.base import LabelsFirst, Task
+from dlgbench.leak import Leak, squared_distance
+from dlgbench.peeling import peel
+from dlgbench.registry import ATTACKS
+
+
+@ATTACKS.register("analytic", labels="recovered first, by counts", priors="none", steps=1)
+class Analytic(LabelsFirst):
+    """Labels by counts, one image layer by layer in closed form (Zhu and Blaschko 2021, "R-GAP").
+
+    Grey images where the network is no chain of convolutions, linear layers and invertible
+    activations, or where the batch holds several images: then it shows what labels alone tell.
+    """
+
+    def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Grey."""
+        grey = torch.full((task.image, task.channel, task.height, task.width), 0.5)
+        return grey, torch.zeros(task.image, task.classes)
+
+    def pixels(self, dummies: Tensor) -> Tensor:
+        """The dummies are pixels."""
+        return dummies * 1
+
+    def look(self, leak: Leak) -> None:
+        super().look(leak)
+        for dummies, row in zip(self.dummy_images, range(len(self.active)), strict=True):
+            if len(dummies) == 1 and (image := peel(self.network, leak.row(row), dummies.shape)) is not None:
+                dummies.copy_(image.nan_to_num(nan=0.5))
+
+    def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
+        """``|g - g*|^2``, which nobody minimises."""
+        return squared_distance(self.gradients(images, labels.softmax(-1), leak), leak.gradients)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.dummy_images], lr=0.0)

@@ -1,0 +1,111 @@
+"""The strongest attack of this package: what can be solved is solved, the rest is matched by frequencies.
+
+What it combines, and what was measured of each part, is told in docs/attacks.md.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dlgbench.attacks.base import LabelsFirst, Task
+from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.leak import Leak
+from dlgbench.optim import LBFGS
+from dlgbench.peeling import peel
+from dlgbench.prepare import Network
+from dlgbench.registry import ATTACKS
+from dlgbench.spectrum import Spectrum
+
+CONTRAST = 0.25
+"""The standard deviation of a typical photo's pixels."""
+NOISE = 0.2
+"""The start's, in units of that contrast's coefficients."""
+STRETCH_AFTER = 10
+"""Steps after which images take up the range of pixels, where the network does not see their scale."""
+CLIPPED = 0.01
+"""The share of pixels that this may push beyond either end."""
+
+
+@ATTACKS.register(
+    "spectral",
+    labels="recovered first, by counts",
+    priors="smoothness of the start, range of pixels",
+    positive=("learning_rate", "history", "iterations"),
+)
+class Spectral(LabelsFirst):
+    """First what can be solved for; then L-BFGS on every layer's relative distance, low frequencies first.
+
+    Where batch norm hides the images' brightness and contrast, they take up the range of pixels.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        task: Task,
+        *,
+        learning_rate: float = 1.0,
+        history: int = 100,
+        iterations: int = 20,
+    ) -> None:
+        super().__init__(network, task)
+        self.spectrum = Spectrum(task.height, task.width, network.mean)
+        shape = (len(task.generators), 1, 1, 1, 1)
+        self.gain = torch.full(shape, CONTRAST).to(network.mean)
+        self.grey = torch.full(shape, 0.5).to(network.mean)
+        self.optimizer = partial(
+            LBFGS, active=self.active,
+            lr=learning_rate, history_size=history, max_iter=iterations,
+            tolerance_grad=1e-9, tolerance_change=0.0,
+        )  # fmt: skip
+
+    def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Grey with a little noise that is smooth as photos are."""
+        noise = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
+        return NOISE * noise, torch.zeros(task.image, task.classes)
+
+    def pixels(self, dummies: Tensor) -> Tensor:
+        """The images with these coefficients, about grey."""
+        return self.grey + self.gain * self.spectrum.images(dummies)
+
+    def look(self, leak: Leak) -> None:
+        super().look(leak)
+        for row, dummies in enumerate(self.dummy_images):
+            if len(dummies) == 1 and (image := peel(self.network, leak.row(row), dummies.shape)) is not None:
+                dummies.copy_(self.spectrum.coefficients((image.nan_to_num(nan=0.5) - 0.5) / CONTRAST))
+
+    def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
+        """The mean of ``|g - g*|^2 / |g*|^2`` over the weights of convolutions and linear layers.
+
+        Biases and batch norm's parameters hold few numbers, sums over all positions, and would weigh
+        as much as whole layers.
+        """
+        ours = self.gradients(images, labels.softmax(-1), leak)
+        sizes = {name: g.square().sum() for name, g in leak.gradients.items() if g.dim() > 1}
+        terms = [
+            torch.where(size > 0, (ours[name] - leak.gradients[name]).square().sum() / size, 0)
+            for name, size in sizes.items()
+        ]
+        return torch.stack(terms).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer([self.dummy_images])
+
+    def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
+        if batch_idx + 1 == STRETCH_AFTER and any(isinstance(m, BatchNorm2d) for m in self.network.modules()):
+            self.stretch()
+
+    def stretch(self) -> None:
+        """Let every case's images take up [0, 1].
+
+        Batch norm makes the gradient all but blind to brightness and contrast: the objective as a
+        function of the coefficients stays what it was, and with it what L-BFGS knows of it.
+        """
+        images = self.spectrum.images(self.dummy_images.detach()).flatten(1)
+        low, high = (torch.quantile(images, q, dim=1).view_as(self.gain) for q in (CLIPPED, 1 - CLIPPED))
+        found = (high > low) & (high - low).isfinite()
+        self.gain = torch.where(found, 1 / (high - low), self.gain)
+        self.grey = torch.where(found, -low * self.gain, self.grey)
+        self.best_objective.fill_(torch.inf)
