@@ -1,0 +1,148 @@
+"""The published attacks against bare loops, and what is particular to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dlgbench.benchmarks.textbook import model
+from torch import Tensor, nn
+
+from dlgbench import trial
+from dlgbench.attacks.base import Attack
+from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
+from dlgbench.case import Case, stream
+from dlgbench.leak import Leak
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.victims import leak_of, network_of, secret_of
+
+PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
+
+
+def case(attack: str, network: str = "lenet_dlg", steps: int = 2, resolution: int = 32) -> Case:
+    return Case(
+        network=NETWORKS.spec(network), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec(attack),
+        defense=DEFENSES.spec("none"), batch=1, resolution=resolution, preparation="fit", channels=3,
+        classes=100, steps=steps, dtype="float64", image=1, seed=1,
+    )  # fmt: skip
+
+
+def leaked(one: Case) -> Leak:
+    return leak_of(one, network_of(one), secret_of(one, PHOTOS))
+
+
+def fitted(one: Case, leak: Leak) -> Attack:
+    attack = trial.attack_on([one], network_of(one))
+    trial.trainer_on("cpu", []).fit(attack, trial.Frozen(leak, one.steps))
+    return attack
+
+
+def textbook(one: Case) -> tuple[nn.Module, Sequence[Tensor], Tensor, Tensor]:
+    """A plain network, the gradient it leaks, the start and the true label."""
+    weights, secret = list(network_of(one).parameters()), secret_of(one, PHOTOS)
+    body = model("lenet_dlg", weights)
+    gradient = torch.autograd.grad(
+        F.cross_entropy(body(secret.images[0]), secret.labels[0]), body.parameters()
+    )
+    generator = torch.Generator().manual_seed(stream(one, "attack"))
+    start = torch.randn(1, 3, 32, 32, generator=generator).double().requires_grad_()
+    return body, gradient, start, secret.labels[0]
+
+
+def test_idlg_is_the_textbook_loop_with_the_label_known() -> None:
+    one = case("idlg")
+    body, target, image, label = textbook(one)
+    optimizer = torch.optim.LBFGS([image], lr=1, max_iter=20, history_size=100)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        ours = torch.autograd.grad(
+            F.cross_entropy(body(image), label), list(body.parameters()), create_graph=True
+        )
+        distance = torch.stack([(a - b).square().sum() for a, b in zip(ours, target, strict=True)]).sum()
+        image.grad = torch.autograd.grad(distance, image)[0]
+        return distance
+
+    for _ in range(one.steps):
+        cast(Any, optimizer).step(closure)
+    attack = fitted(one, leaked(one))
+    torch.testing.assert_close(attack.dummy_images.detach()[0], image.detach(), rtol=1e-6, atol=1e-8)
+    assert attack.result.labels[0].argmax(-1).tolist() == label.tolist()
+
+
+def test_inverting_gradients_is_the_papers_loop() -> None:
+    one = case("inverting_gradients:iterations=3", steps=8)
+    body, target, image, label = textbook(one)
+    optimizer = torch.optim.Adam([image], lr=0.1)
+    theirs = torch.cat([gradient.flatten() for gradient in target])
+    for iteration in range(24):
+        optimizer.param_groups[0]["lr"] = 0.1 ** (1 + sum(iteration >= fall for fall in (9, 15, 21)))
+        ours = torch.autograd.grad(
+            F.cross_entropy(body(image), label), list(body.parameters()), create_graph=True
+        )
+        ours_flat = torch.cat([gradient.flatten() for gradient in ours])
+        rows, columns = ((image - image.roll(1, dim)).abs() for dim in (2, 3))
+        variation = rows[:, :, 1:].mean() + columns[..., 1:].mean()
+        distance = 1 - F.cosine_similarity(ours_flat, theirs, dim=0) + 1e-2 * variation
+        image.grad = torch.autograd.grad(distance, image)[0].sign()
+        optimizer.step()
+        image.data.clamp_(0, 1)
+    attack = fitted(one, leaked(one))
+    torch.testing.assert_close(attack.dummy_images.detach()[0], image.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_spectral_weighs_every_layer_by_its_own_gradient() -> None:
+    one = case("spectral")
+    leak, network = leaked(one), network_of(one)
+    attack = trial.attack_on([one], network)
+    image, label = torch.rand(1, 3, 32, 32).double(), F.one_hot(torch.tensor([5]), 100).double()
+    body = model("lenet_dlg", list(network.parameters()))
+    ours = torch.autograd.grad(F.cross_entropy(body(image), label), list(body.parameters()))
+    theirs = [gradient[0] for gradient in leak.gradients.values()]
+    terms = [float((a - b).norm() / b.norm()) ** 2 for a, b in zip(ours, theirs, strict=True) if b.dim() > 1]
+    logits = 1e4 * (label - 1)
+    assert float(attack.distance(image, logits, leak.row(0))) == pytest.approx(sum(terms) / len(terms))
+
+
+def test_a_layer_without_a_gradient_weighs_nothing() -> None:
+    one = case("spectral")
+    leak = leaked(one)
+    silent = {n: g * 0 if n == "body.2.weight" else g for n, g in leak.gradients.items()}
+    attack = trial.attack_on([one], network_of(one))
+    label = torch.zeros(1, 100).double()
+    value = attack.distance(torch.rand(1, 3, 32, 32).double(), label, leak._replace(gradients=silent).row(0))
+    assert value.isfinite()
+
+
+def test_stretching_fills_the_range_and_hardly_changes_the_objective() -> None:
+    """Batch norm hides brightness and contrast: all but the borders, padded with grey, stay as they were."""
+    one = replace(case("spectral", "resnet18", resolution=64), dtype="float32")
+    leak, attack = leaked(one), trial.attack_on([one], network_of(one))
+    assert isinstance(attack, Spectral)
+    with torch.no_grad():
+        attack.look(leak)
+    labels = attack.dummy_labels.detach()
+    before = attack.evaluate(attack.dummy_images.detach(), labels, leak).objective
+    attack.stretch()
+    images = attack.pixels(attack.dummy_images.detach())
+    assert images.quantile(0.01).item() == pytest.approx(0, abs=1e-4)
+    assert images.quantile(0.99).item() == pytest.approx(1, abs=1e-4)
+    after = attack.evaluate(attack.dummy_images.detach(), labels, leak).objective
+    assert float(after) == pytest.approx(float(before), rel=0.1)
+
+
+def test_only_networks_with_batch_norm_are_stretched() -> None:
+    one = case("spectral", "lenet5", steps=STRETCH_AFTER + 1)
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert set(attack.gain.flatten().tolist()) == {CONTRAST}
+
+
+def test_analytic_tells_what_labels_alone_tell_where_layers_cannot_be_inverted() -> None:
+    attack = fitted(replace(case("analytic", "lenet5"), steps=1), leaked(case("analytic", "lenet5")))
+    assert set(attack.result.images.flatten().tolist()) == {0.5}
+    assert int(attack.result.labels.argmax()) == int(secret_of(case("analytic"), PHOTOS).labels)

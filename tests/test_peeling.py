@@ -1,0 +1,69 @@
+"""Closed form: the known answer is the private image itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlgbench.case import Case
+from dlgbench.metrics import mean_squared_error, psnr
+from dlgbench.peeling import chain, peel
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.victims import leak_of, network_of, secret_of
+
+PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
+
+
+def case(network: str, image: int = 0) -> Case:
+    return Case(
+        network=NETWORKS.spec(network), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("analytic"),
+        defense=DEFENSES.spec("none"), batch=1, resolution=32, preparation="fit", channels=3, classes=100,
+        steps=1, dtype="float64", image=image, seed=0,
+    )  # fmt: skip
+
+
+def fidelity(one: Case) -> float:
+    """The PSNR of what is peeled, in dB."""
+    network, secret = network_of(one), secret_of(one, PHOTOS)
+    found = peel(network, leak_of(one, network, secret).row(0), one.shape)
+    assert found is not None
+    return float(psnr(mean_squared_error(found, secret.images[0])))
+
+
+@pytest.mark.parametrize("options", ["", ":activation=tanh,init=default", ":activation=softplus"])
+def test_an_invertible_chain_gives_the_image_to_rounding(options: str) -> None:
+    assert fidelity(case(f"lenet_dlg{options}", image=1)) > 100
+
+
+def test_saturated_units_cost_accuracy() -> None:
+    assert fidelity(case("lenet_dlg:activation=tanh", image=1)) > 30  # measured: 42
+
+
+def test_rounding_of_the_leak_is_what_limits_it() -> None:
+    assert fidelity(replace(case("lenet_dlg", image=6), dtype="float32")) > 60
+
+
+def test_relus_missing_equations_are_filled_smoothly() -> None:
+    assert fidelity(case("lenet_dlg:activation=relu", image=3)) > 30  # measured: 42
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet18", "densenet121"])
+def test_pooling_and_branches_are_no_chain(name: str) -> None:
+    one = replace(case(name), resolution=32 if name == "lenet5" else 64)
+    network = network_of(one)
+    assert chain(network, one.shape) == []
+    assert peel(network, leak_of(one, network, secret_of(one, PHOTOS)).row(0), one.shape) is None
+
+
+def test_large_images_are_not_written_out() -> None:
+    one = replace(case("lenet_dlg"), resolution=64)
+    assert chain(network_of(one), one.shape) == []
+
+
+def test_a_chain_is_told_with_its_shapes_and_activations() -> None:
+    layers = chain(network_of(case("lenet_dlg")), (1, 3, 32, 32))
+    assert [layer.name for layer in layers] == ["body.0", "body.2", "body.4", "body.7"]
+    assert [tuple(layer.inputs) for layer in layers] == [(3, 32, 32), (12, 16, 16), (12, 8, 8), (768,)]
+    assert [layer.activation for layer in layers] == [torch.sigmoid] * 3 + [None]
