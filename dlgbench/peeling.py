@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from dlgbench import newton
 from dlgbench.convolution import Conv2d
 from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
@@ -58,47 +59,75 @@ class Outputs(NamedTuple):
 
 
 def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:
-    """The private image ``(1, channel, height, width)`` of one case, or None if the network is no such chain.
+    """The private image ``(1, channel, height, width)`` of one case, or None where it cannot be solved for.
 
-    ``shape`` is the image's.  Where ReLU leaves the equations underdetermined, it is filled smoothly.
-    Computed in float64; what the leak was rounded to is amplified from layer to layer.
+    ``shape`` is the image's.  What lies below the lowest layer that can be inverted is solved for as a
+    whole if the image is small enough.  Where ReLU leaves the equations underdetermined, the image is
+    filled smoothly.  Computed in float64; what the leak was rounded to is amplified from layer to layer.
     """
-    layers = chain(network, shape)
-    if not layers or f"{layers[-1].name}.bias" not in leak.gradients:
+    trunk, layers = chain(network, shape)
+    if (
+        not layers
+        or f"{layers[-1].name}.bias" not in leak.gradients
+        or (trunk and math.prod(shape) > newton.LARGEST)
+    ):
         return None
     weights, gradients = ({n: t.double() for n, t in part.items()} for part in (leak.weights, leak.gradients))
     slope = gradients[f"{layers[-1].name}.bias"]  # of one image, that is the loss's gradient in the logits
     outputs = Outputs(slope, slope.isfinite(), slope)
-    for layer in reversed(layers):
+    for layer, below in zip(reversed(layers), [*reversed(layers[:-1]), None], strict=True):
         solve = _linear if isinstance(layer.module, nn.Linear) else _convolution
         inputs, slope = solve(layer, weights, gradients[f"{layer.name}.weight"], outputs)
-        below = layers[layers.index(layer) - 1]
-        if layer is not layers[0]:
+        if below is not None:
             outputs = _undo(below.activation, inputs.view(below.outputs), slope.view(below.outputs))
+    if trunk is not None:
+        below_it = {f"body.{name}": name for name, _ in trunk.named_parameters()}
+        weights, gradients = ({below_it[n]: part[n] for n in below_it} for part in (weights, gradients))
+        inputs = newton.solve(trunk, weights, gradients, inputs, slope, shape)
     image: Tensor = inputs.view(shape) * network.std + network.mean
     return image.to(network.mean)
 
 
-def chain(network: Network, shape: tuple[int, ...]) -> list[Layer]:
-    """The network's layers with weights in order; none where it is more than a chain of such layers."""
-    assert isinstance(network.body, fx.GraphModule)
-    ShapeProp(network.body).propagate(torch.zeros(shape).to(network.mean))
+def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | None, list[Layer]]:
+    """The layers above the lowest that can be inverted, bottom first, and the network below them if any."""
+    body = network.body
+    assert isinstance(body, fx.GraphModule)
+    ShapeProp(body).propagate(torch.zeros(shape).to(network.mean))
+    (node,) = (node for node in body.graph.nodes if node.op == "output")
     layers: list[Layer] = []
-    for node in network.body.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        module = network.body.get_submodule(node.target) if node.op == "call_module" else None
-        if len(node.all_input_nodes) != 1 or len(node.users) != 1:
-            return []
-        if isinstance(module, Conv2d | nn.Linear):
-            before, after = (n.meta["tensor_meta"].shape[1:] for n in (node.all_input_nodes[0], node))
-            layers.append(Layer(f"body.{node.target}", module, before, after, None))
-        elif node.target in INVERSES and layers and layers[-1].activation is None:
-            layers[-1] = layers[-1]._replace(activation=node.target)
-        elif not isinstance(module, nn.Flatten | nn.Identity):
-            return []
-    small = all(math.prod(layer.inputs) <= LARGEST for layer in layers if isinstance(layer.module, Conv2d))
-    return layers if small and layers and layers[-1].activation is None else []
+    activation: Activation | None = None
+    while len(node.all_input_nodes) == 1 and len(node.all_input_nodes[0].users) == 1:
+        node = node.all_input_nodes[0]
+        if node.op == "placeholder":
+            return None, layers
+        module = body.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, Conv2d | nn.Linear) and _size(node.all_input_nodes[0]).numel() <= LARGEST:
+            sizes = _size(node.all_input_nodes[0]), _size(node)
+            layers.insert(0, Layer(f"body.{node.target}", module, *sizes, activation))
+            activation = None
+        elif node.target in INVERSES and activation is None:
+            activation = node.target
+        elif not isinstance(module, nn.Flatten | nn.Identity) and node.target is not torch.flatten:
+            break
+    return _below(body, node, activation), layers
+
+
+def _size(node: fx.Node) -> torch.Size:
+    """The shape of what a node gives, without the batch's dimension."""
+    size: torch.Size = node.meta["tensor_meta"].shape[1:]
+    return size
+
+
+def _below(body: fx.GraphModule, last: fx.Node, activation: Activation | None) -> fx.GraphModule:
+    """``body`` from its input to the node ``last``, and the activation behind it."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in body.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        if node is last:
+            break
+    end = copies[last] if activation is None else graph.call_function(activation, (copies[last],))
+    graph.output(end)
+    return fx.GraphModule(body, graph)
 
 
 def _undo(activation: Activation | None, values: Tensor, slope: Tensor) -> Outputs:

@@ -147,5 +147,6 @@ def _check_sizes(profile: str, sizes: Any) -> None:
         if isinstance(value, dict):
             _check_keys(f"network in {profile}.{key}", value, {"default": None, **NETWORKS.entries})
         for number in value.values() if isinstance(value, dict) else [value]:
-            if type(number) is not int or number < 1:
-                raise UsageError(f"{profile}.{key}: expected a whole number >= 1, got {number!r}")
+            least = 1 if key == "steps" else 0  # no image of a network: it is left out
+            if type(number) is not int or number < least:
+                raise UsageError(f"{profile}.{key}: expected a whole number >= {least}, got {number!r}")

@@ -16,8 +16,8 @@ FLOORS: Sequence[set[str]] = (
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
     {"leak", "case"},
-    {"closures", "labels", "peeling"},
-    {"compiler"},
+    {"closures", "labels", "newton"},
+    {"compiler", "peeling"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.*", "victims", "leaderboard", "listing"},
     {"callbacks", "columns", "plots"},

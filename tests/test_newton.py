@@ -1,0 +1,32 @@
+"""Gauss-Newton against scipy, on problems whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from dlgbench.newton import levenberg_marquardt
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+def bent(x: Tensor) -> Tensor:
+    """Four equations for three unknowns, met by (1, 2, 3)."""
+    return torch.stack([x[0] ** 2 - 1, x[1] * x[0] - 2, (x[2] / 3).exp() - math.e, x.sum() - 6])
+
+
+@pytest.mark.parametrize("residual", [rosenbrock, bent])
+def test_the_minimum_is_scipys(residual: object) -> None:
+    assert callable(residual)
+    start = torch.tensor([-1.2, 1.0] if residual is rosenbrock else [0.5, 0.5, 0.5], dtype=torch.float64)
+    theirs = least_squares(
+        lambda x: residual(torch.from_numpy(x)).numpy(), start.numpy(), xtol=1e-15, ftol=1e-15, gtol=1e-15
+    )
+    found = levenberg_marquardt(residual, start)
+    torch.testing.assert_close(found, torch.from_numpy(theirs.x), rtol=1e-6, atol=1e-6)
