@@ -148,3 +148,15 @@ def test_analytic_tells_what_labels_alone_tell_where_layers_cannot_be_inverted()
     attack = fitted(replace(case("analytic", "lenet5"), steps=1), leaked(case("analytic", "lenet5")))
     assert set(attack.result.images.flatten().tolist()) == {0.5}
     assert int(attack.result.labels.argmax()) == int(secret_of(case("analytic"), PHOTOS).labels)
+
+
+def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
+    """Noise that a closed form amplifies makes it worse than grey, and only the gradient tells."""
+    one = replace(case("spectral"), defense=DEFENSES.spec("noise:std=0.1"))
+    attack, grey = trial.attack_on([one], network_of(one)), trial.attack_on([one], network_of(one))
+    with torch.no_grad():
+        attack.look(leaked(one))
+    assert torch.equal(attack.dummy_images, grey.dummy_images)
+    with torch.no_grad():
+        attack.look(leaked(case("spectral")))
+    assert not torch.equal(attack.dummy_images, grey.dummy_images)

@@ -30,9 +30,9 @@ class Analytic(LabelsFirst):
 
     def look(self, leak: Leak) -> None:
         super().look(leak)
-        for dummies, row in zip(self.dummy_images, range(len(self.active)), strict=True):
+        for row, dummies in enumerate(self.dummy_images.unbind()):
             if len(dummies) == 1 and (image := peel(self.network, leak.row(row), dummies.shape)) is not None:
-                dummies.copy_(image.nan_to_num(nan=0.5))
+                self.dummy_images[row] = image.nan_to_num(nan=0.5).clamp(0, 1)
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """``|g - g*|^2``, which nobody minimises."""

@@ -71,10 +71,17 @@ class Spectral(LabelsFirst):
         return self.grey + self.gain * self.spectrum.images(dummies)
 
     def look(self, leak: Leak) -> None:
+        """Labels, then the better of two starts by objective: what can be solved for, and grey."""
         super().look(leak)
-        for row, dummies in enumerate(self.dummy_images):
+        solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
+        for row, dummies in enumerate(solved.unbind()):
             if len(dummies) == 1 and (image := peel(self.network, leak.row(row), dummies.shape)) is not None:
-                dummies.copy_(self.spectrum.coefficients((image.nan_to_num(nan=0.5) - 0.5) / CONTRAST))
+                solved[row] = self.spectrum.coefficients((image.clamp(0, 1) - 0.5) / CONTRAST)
+        if not torch.equal(solved, self.dummy_images):
+            grey, ours = (
+                self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
+            )
+            self.dummy_images[ours < grey] = solved[ours < grey]
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """The mean of ``|g - g*|^2 / |g*|^2`` over the weights of convolutions and linear layers.
