@@ -1,0 +1,177 @@
+"""Sixteen defects found in other projects' code, each of which would fail a test here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlgbench import leaderboard, trial
+from dlgbench.attacks.base import Attack
+from dlgbench.case import Case, stream
+from dlgbench.leak import Leak, gradients
+from dlgbench.metrics import assign, fidelity
+from dlgbench.optim import LBFGS
+from dlgbench.records import Record, decode, encode
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.victims import leak_of, network_of, secret_of
+
+PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
+CASE = Case(
+    network=NETWORKS.spec("lenet_dlg"), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("dlg"),
+    defense=DEFENSES.spec("none"), batch=1, resolution=32, preparation="fit", channels=3, classes=100,
+    steps=2, dtype="float32", image=1, seed=1,
+)  # fmt: skip
+
+
+def run(one: Case) -> Record:
+    return trial.run([one], PHOTOS, trial.Setup("cpu"), lambda step, objective, psnr: None)[0][0]
+
+
+def fitted(one: Case, leak: Leak) -> Attack:
+    attack = trial.attack_on([one], network_of(one))
+    trial.trainer_on("cpu", []).fit(attack, trial.Frozen(leak, one.steps))
+    return attack
+
+
+def leaked(one: Case) -> Leak:
+    return leak_of(one, network_of(one), secret_of(one, PHOTOS))
+
+
+def test_b1_the_label_reported_is_the_optimised_one() -> None:
+    one = replace(CASE, steps=12)
+    attack = trial.attack_on([one], network_of(one))
+    first = int(attack.dummy_labels[0].argmax())
+    record = run(one)
+    assert record.images[0]["label_found"] == record.images[0]["label"] != first
+
+
+@pytest.mark.parametrize("classes", [2, 7, 1000])
+def test_b2_images_and_labels_of_any_number_of_classes_share_one_group(classes: int) -> None:
+    attack = trial.attack_on([one := replace(CASE, classes=classes)], network_of(one))
+    optimizer = attack.configure_optimizers()
+    assert isinstance(optimizer, LBFGS)
+    assert [tuple(p.shape) for p in optimizer.param_groups[0]["params"]] == [
+        (1, 1, 3, 32, 32),
+        (1, 1, classes),
+    ]
+    assert run(one).status == "done"
+
+
+def test_b3_labels_of_a_batch_are_counted_at_the_right_index() -> None:
+    one = replace(
+        CASE, batch=4, image=0, attack=ATTACKS.spec("analytic"), steps=1, network=NETWORKS.spec("lenet5")
+    )
+    network, secret = network_of(one), secret_of(one, PHOTOS)
+    secret.labels[0] = torch.tensor([3, 3, 61, 3])
+    found = fitted(one, leak_of(one, network, secret)).result.labels[0].argmax(-1)
+    assert sorted(found.tolist()) == [3, 3, 3, 61]
+
+
+def test_b4_the_best_objective_is_that_of_the_image_beside_it() -> None:
+    one = replace(CASE, dtype="float64", steps=6)
+    leak = leaked(one)
+    attack = fitted(one, leak)
+    images, labels = attack.result.images[0], attack.result.labels[0].clamp_min(1e-300).log()
+    assert float(attack.distance(images, labels, leak.row(0))) == pytest.approx(float(attack.best_objective))
+
+
+def test_b5_a_trial_that_crashes_stays_in_the_denominator() -> None:
+    good, broken = run(CASE), replace(CASE, seed=2)
+    failure = Record(case=broken, status="error", reason="out of luck")
+    row = leaderboard.rows([good, failure])[0]
+    assert (row.trials, row.broken) == (2, 1)
+
+
+def test_b6_an_image_is_compared_with_its_own_truth_only() -> None:
+    truth = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    shuffled = truth[[2, 0, 1]]
+    rows = fidelity(shuffled[assign(shuffled, truth)], truth)
+    assert [row["mse"] for row in rows] == [0, 0, 0]
+
+
+def test_b7_a_row_of_nan_moves_no_other() -> None:
+    def answers(values: Tensor) -> Iterator[float]:
+        weights = torch.nn.Parameter(values.clone())
+        optimizer = LBFGS([weights], lr=0.5)
+
+        def closure() -> Tensor:
+            objective = (weights - torch.arange(3.0)[:, None]).square().sum(1)
+            objective[1] *= torch.nan
+            weights.grad = torch.autograd.grad(objective.sum(), weights)[0]
+            return objective
+
+        optimizer.step(closure)
+        yield from weights.detach()[:, 0].tolist()
+
+    first, _, third = answers(torch.full((3, 2), 9.0))
+    assert (first, third) == pytest.approx((0, 2), abs=1e-3)
+
+
+def test_b8_determinism_can_be_demanded() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert run(CASE).status == "done"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "resnet18", "densenet121"])
+def test_b9_client_and_attacker_have_the_same_loss(name: str) -> None:
+    small = 64 if name in ("resnet18", "densenet121") else 32
+    one = replace(CASE, network=NETWORKS.spec(name), batch=2, image=0, resolution=small)
+    network, secret = network_of(one), secret_of(one, PHOTOS)
+    leak = leak_of(one, network, secret).row(0)
+    labels = torch.nn.functional.one_hot(secret.labels[0], 100).float()
+    ours = gradients(network, leak.weights, leak.buffers, secret.images[0], labels)
+    for name, theirs in leak.gradients.items():
+        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=0)
+
+
+def test_b10_two_reconstructions_never_share_one_truth() -> None:
+    truth = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert sorted(assign(truth[[0, 0, 0, 0]], truth).tolist()) == [0, 1, 2, 3]
+
+
+def test_b11_psnr_has_a_range_of_one_and_pixels_not_normalised_ones() -> None:
+    truth = torch.full((1, 3, 16, 16), 0.5)
+    (row,) = fidelity(truth + 0.1, truth)
+    assert row["psnr"] == pytest.approx(20, abs=1e-4)
+
+
+def test_b12_the_best_iterate_has_the_least_objective_not_the_least_error() -> None:
+    record = run(replace(CASE, steps=8))
+    least = min(value for value in record.history["objective"] if value is not None)
+    assert record.objective == pytest.approx(least, rel=1e-3)
+
+
+def test_b13_labels_come_from_the_head_by_name() -> None:
+    for name in ("resnet18", "densenet121", "inception_v3"):
+        one = replace(CASE, network=NETWORKS.spec(name), batch=2, resolution=299)
+        assert network_of(one).head in ("body.fc", "body.classifier")
+
+
+def test_b14_a_first_objective_of_nan_still_ends_in_a_record() -> None:
+    one = replace(CASE, steps=3)
+    leak = leaked(one)
+    broken = leak._replace(gradients={name: g * torch.nan for name, g in leak.gradients.items()})
+    assert torch.isnan(fitted(one, broken).result.objective).all()
+
+
+def test_b15_a_record_holds_its_whole_configuration() -> None:
+    record = decode(encode(run(CASE)))
+    assert record.case == CASE
+    assert record.provenance["versions"]
+
+
+def test_b16_everything_random_is_seeded_by_the_case() -> None:
+    torch.manual_seed(1)
+    first = secret_of(CASE, PHOTOS), network_of(CASE)
+    torch.manual_seed(2)
+    again = secret_of(CASE, PHOTOS), network_of(CASE)
+    assert torch.equal(first[0].labels, again[0].labels)
+    assert all(map(torch.equal, first[1].parameters(), again[1].parameters()))
+    assert stream(CASE, "labels") != stream(replace(CASE, seed=2), "labels")
