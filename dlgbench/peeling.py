@@ -26,7 +26,7 @@ LARGEST = 8192
 """Unknowns that are solved for: their equations are written out, and time grows with the third power."""
 EDGE = 1e-12
 """What a bounded activation keeps from its bounds at least, where its inverse is infinite."""
-DEAD = 1e-6
+DEAD = 1e-5
 """A rectified activation below this share of the largest is taken for 0: its input is not known."""
 DAMPING, REFINEMENTS = 1e-11, 4
 """Tikhonov's term, in units of the mean eigenvalue, and steps of iterative refinement that undo it."""
