@@ -207,7 +207,8 @@ def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
     figure, page = _page(140 + 190 * len(groups), "Private images and their reconstructions", about)
     for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
         words = re.sub("[:,](?! )", r"\g<0> ", _short(group.label, 50))
-        name = "\n".join(map(_plain, textwrap.wrap(words, 19)))
+        words = " ".join(word.replace("=", "= ") if len(word) > 20 else word for word in words.split())
+        name = "\n".join(map(_plain, textwrap.wrap(words, 20)))
         page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", size=9)
         page.text(MARGIN, y + 106, group.tally.replace(" (", "\n("), color=MUTED, va="top", size=8)
         for x, record in zip(range(270, WIDTH, 220), group.trials[:MOST_TRIALS], strict=False):
