@@ -160,3 +160,15 @@ def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
     with torch.no_grad():
         attack.look(leaked(case("spectral")))
     assert not torch.equal(attack.dummy_images, grey.dummy_images)
+
+
+def test_a_case_that_has_ended_is_not_stretched() -> None:
+    """Its best iterate was chosen as it is, and must not make way for whatever it ended in."""
+    one = replace(case("spectral", "resnet18", resolution=32), dtype="float32")
+    attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
+    assert isinstance(attack, Spectral)
+    attack.best_objective.fill_(1)
+    attack.active[0] = False
+    attack.stretch()
+    assert attack.best_objective.tolist() == [1, torch.inf]
+    assert attack.gain[0] == CONTRAST != attack.gain[1]

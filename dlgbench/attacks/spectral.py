@@ -82,6 +82,7 @@ class Spectral(LabelsFirst):
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
             )
             self.dummy_images[ours < grey] = solved[ours < grey]
+            self.closures += 2
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """The mean of ``|g - g*|^2 / |g*|^2`` over the weights of convolutions and linear layers.
@@ -105,14 +106,15 @@ class Spectral(LabelsFirst):
             self.stretch()
 
     def stretch(self) -> None:
-        """Let every case's images take up [0, 1].
+        """Let every running case's images take up [0, 1]; the best iterate is sought anew from there.
 
         Batch norm makes the gradient all but blind to brightness and contrast: the objective as a
         function of the coefficients stays what it was, and with it what L-BFGS knows of it.
         """
         images = self.spectrum.images(self.dummy_images.detach()).flatten(1)
         low, high = (torch.quantile(images, q, dim=1).view_as(self.gain) for q in (CLIPPED, 1 - CLIPPED))
-        found = (high > low) & (high - low).isfinite()
+        running = self.active.to(low.device).view_as(low)  # of the others, the best iterate is found
+        found = running & (high > low) & (high - low).isfinite()
         self.gain = torch.where(found, 1 / (high - low), self.gain)
         self.grey = torch.where(found, -low * self.gain, self.grey)
-        self.best_objective.fill_(torch.inf)
+        self.best_objective[found.flatten()] = torch.inf
