@@ -164,7 +164,7 @@ def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
 
 def test_a_case_that_has_ended_is_not_stretched() -> None:
     """Its best iterate was chosen as it is, and must not make way for whatever it ended in."""
-    one = replace(case("spectral", "resnet18", resolution=32), dtype="float32")
+    one = replace(case("spectral", "resnet18", resolution=64), dtype="float32")
     attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
     assert isinstance(attack, Spectral)
     attack.best_objective.fill_(1)
