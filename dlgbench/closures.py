@@ -91,7 +91,7 @@ class Closure:
             dummies = images[0].detach().requires_grad_(), labels[0].detach().requires_grad_()
             with torch.enable_grad():
                 value = self._objective(*dummies, leak.row(0))
-            image, label = torch.autograd.grad(value, dummies, materialize_grads=True)
+            image, label = torch.autograd.grad(value, dummies)
             return value.detach()[None], image[None], label[None]
         both = torch.func.grad_and_value(self._objective, argnums=(0, 1))
         gradients, values = torch.func.vmap(both)(images, labels, leak)

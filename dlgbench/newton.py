@@ -66,12 +66,13 @@ def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor) -> 
             damped = gram + damping * gram.diagonal().mean() * directions
             factor, fault = torch.linalg.cholesky_ex(damped)
             new = unknown - torch.cholesky_solve(slope[:, None], factor)[:, 0]
-            if not fault and float(residual(new).square().sum()) < values[-1]:
+            there = residual(new)
+            if not fault and float(there.square().sum()) < values[-1]:
                 break
             damping *= 8
         else:
             break
-        unknown, rest, damping = new, residual(new), max(damping / 10, LEAST)
+        unknown, rest, damping = new, there, max(damping / 10, LEAST)
         values.append(float(rest.square().sum()))
         if len(values) > 3 and values[-1] > STALLED * values[-4]:
             break

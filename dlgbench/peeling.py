@@ -8,13 +8,14 @@ its own forward equations, and those of the leaked gradient of its weights (sect
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.grad import conv2d_input
 
 from dlgbench import newton
 from dlgbench.convolution import Conv2d
@@ -22,8 +23,8 @@ from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
 from dlgbench.spectrum import Spectrum
 
-LARGEST = 8192
-"""Unknowns that are solved for: their equations are written out, and time grows with the third power."""
+LARGEST = 4096
+"""Unknowns of a layer that are solved for: its equations are written out, in a gigabyte for so many."""
 EDGE = 1e-12
 """What a bounded activation keeps from its bounds at least, where its inverse is infinite."""
 DEAD = 1e-5
@@ -58,23 +59,32 @@ class Outputs(NamedTuple):
     slope: Tensor
 
 
-def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:
-    """The private image ``(1, channel, height, width)`` of one case, or None where it cannot be solved for.
+def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """Which cases can be solved for, each with its private image ``(1, channel, height, width)`` in [0, 1].
 
-    ``shape`` is the image's.  What lies below the lowest layer that can be inverted is solved for as a
-    whole if the image is small enough.  Where ReLU leaves the equations underdetermined, the image is
-    filled smoothly.  Computed in float64; what the leak was rounded to is amplified from layer to layer.
+    ``shape`` is that of a case's images: none is solved for if they are several.  What lies below the
+    lowest layer that can be inverted is solved for as a whole if the image is small enough.  Where ReLU
+    leaves the equations underdetermined, the image is filled smoothly.  Computed in float64; what the
+    leak was rounded to is amplified from layer to layer.
     """
+    if shape[0] > 1 or f"{network.head}.bias" not in leak.gradients:
+        return
     trunk, layers = chain(network, shape)
-    if (
-        not layers
-        or f"{layers[-1].name}.bias" not in leak.gradients
-        or (trunk and math.prod(shape) > newton.LARGEST)
-    ):
-        return None
+    if not layers or (trunk and math.prod(shape) > newton.LARGEST):
+        return
+    for case in range(len(leak.gradients[f"{network.head}.bias"])):
+        image = _peel(trunk, layers, leak.row(case), shape) * network.std + network.mean
+        if image.isfinite().all():
+            yield case, image.to(network.mean).clamp(0, 1)
+
+
+def _peel(
+    trunk: fx.GraphModule | None, layers: Sequence[Layer], leak: Leak, shape: tuple[int, ...]
+) -> Tensor:
+    """One case's image as the first layer sees it."""
     weights, gradients = ({n: t.double() for n, t in part.items()} for part in (leak.weights, leak.gradients))
     slope = gradients[f"{layers[-1].name}.bias"]  # of one image, that is the loss's gradient in the logits
-    outputs = Outputs(slope, slope.isfinite(), slope)
+    outputs = Outputs(slope, torch.ones_like(slope, dtype=torch.bool), slope)
     for layer, below in zip(reversed(layers), [*reversed(layers[:-1]), None], strict=True):
         solve = _linear if isinstance(layer.module, nn.Linear) else _convolution
         inputs, slope = solve(layer, weights, gradients[f"{layer.name}.weight"], outputs)
@@ -84,8 +94,7 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:
         below_it = {f"body.{name}": name for name, _ in trunk.named_parameters()}
         weights, gradients = ({below_it[n]: part[n] for n in below_it} for part in (weights, gradients))
         inputs = newton.solve(trunk, weights, gradients, inputs, slope, shape)
-    image: Tensor = inputs.view(shape) * network.std + network.mean
-    return image.to(network.mean)
+    return inputs.view(shape)
 
 
 def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | None, list[Layer]]:
@@ -169,22 +178,21 @@ def _convolution(layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outp
     basis = torch.eye(grey.numel()).to(weight).view(-1, *layer.inputs)
     wanted = torch.cat([forward[outputs.known], gradient.flatten()]) - equations(grey)[0]
     found = _least_squares(equations(spectrum.images(basis)).T, wanted)
-    with torch.enable_grad():
-        leaf = torch.zeros_like(grey).requires_grad_()
-        (slope,) = torch.autograd.grad(
-            F.conv2d(leaf, weight, None, stride, padding), leaf, outputs.slope[None]
-        )
+    slope = conv2d_input(grey.shape, weight, outputs.slope[None], stride, padding)  # type: ignore[no-untyped-call]
     return grey[0] + spectrum.images(found.view(layer.inputs)), slope[0]
 
 
 def _least_squares(matrix: Tensor, wanted: Tensor) -> Tensor:
-    """The solution of least norm of ``matrix @ x = wanted``, every equation in units of its own size."""
+    """The solution of least norm of ``matrix @ x = wanted``, every equation in units of its own size.
+
+    NaN where there is none, as for equations of zeros.
+    """
     sizes = matrix.norm(dim=1).clamp_min(torch.finfo(matrix.dtype).tiny)
     matrix, wanted = matrix / sizes[:, None], wanted / sizes
     gram = matrix.T @ matrix
     gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    factor = torch.linalg.cholesky(gram)
-    found = torch.zeros_like(gram[0])
+    factor, fault = torch.linalg.cholesky_ex(gram)
+    found = torch.full_like(gram[0], torch.nan if fault else 0)
     for _ in range(1 + REFINEMENTS):
         rest = matrix.T @ (wanted - matrix @ found)
         found += torch.cholesky_solve(rest[:, None], factor)[:, 0]

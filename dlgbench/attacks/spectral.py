@@ -74,9 +74,8 @@ class Spectral(LabelsFirst):
         """Labels, then the better of two starts by objective: what can be solved for, and grey."""
         super().look(leak)
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
-        for row, dummies in enumerate(solved.unbind()):
-            if len(dummies) == 1 and (image := peel(self.network, leak.row(row), dummies.shape)) is not None:
-                solved[row] = self.spectrum.coefficients((image.clamp(0, 1) - 0.5) / CONTRAST)
+        for case, image in peel(self.network, leak, solved.shape[1:]):
+            solved[case] = self.spectrum.coefficients((image - 0.5) / CONTRAST)
         if not torch.equal(solved, self.dummy_images):
             grey, ours = (
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
