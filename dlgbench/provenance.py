@@ -36,7 +36,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32,
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "threat_model": "honest-but-curious server, one gradient after one local step, untrained weights",
-        "selection": "best iterate by gradient distance, one start",
+        "selection": "start and best iterate by gradient distance",
         "assignment": "one to one, least total MSE",
     }
 

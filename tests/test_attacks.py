@@ -172,3 +172,12 @@ def test_a_case_that_has_ended_is_not_stretched() -> None:
     attack.stretch()
     assert attack.best_objective.tolist() == [1, torch.inf]
     assert attack.gain[0] == CONTRAST != attack.gain[1]
+
+
+@pytest.mark.parametrize("factor", [0, torch.nan])
+@pytest.mark.parametrize("name", ATTACKS.entries)
+def test_a_gradient_that_tells_nothing_breaks_no_attack(name: str, factor: float) -> None:
+    one = case(name)
+    leak = leaked(one)
+    silent = leak._replace(gradients={n: gradient * factor for n, gradient in leak.gradients.items()})
+    assert fitted(one, silent).result.images.shape == (1, 1, 3, 32, 32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlgbench.attacks.base import LabelsFirst, Task
-from dlgbench.leak import Leak, squared_distance
+from dlgbench.leak import Leak
 from dlgbench.peeling import peel
 from dlgbench.registry import ATTACKS
 
@@ -33,9 +33,6 @@ class Analytic(LabelsFirst):
         for case, image in peel(self.network, leak, self.dummy_images.shape[1:]):
             self.dummy_images[case] = image
 
-    def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """``|g - g*|^2``, which nobody minimises."""
-        return squared_distance(self.gradients(images, labels.softmax(-1), leak), leak.gradients)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One that evaluates the objective and stays where it is."""
         return torch.optim.SGD([self.dummy_images], lr=0.0)

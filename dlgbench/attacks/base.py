@@ -45,7 +45,7 @@ class Attack(pl.LightningModule, ABC):
     """Optimises dummy images and labels until their gradient matches the leak's.
 
     It is given a network, a task and, batch by batch, a `Leak`: never a `Secret`.  A subclass says
-    where to `start`, what the `distance` is, and with which optimiser.  All tensors have a leading
+    where to `start`, with which optimiser, and what the `distance` is.  All tensors have a leading
     ``case`` dimension; ``distance`` is a pure function of one case, which is batched and compiled.
     """
 
@@ -56,6 +56,9 @@ class Attack(pl.LightningModule, ABC):
     active: Tensor
     """Which cases the next closure has to evaluate, ``(case,)`` on the CPU.  A guard may clear entries
     between steps; the optimiser may, while a step runs."""
+    best_images: Tensor
+    """The dummies with the least objective so far, once the training has begun; `best_labels` with them."""
+    best_labels: Tensor
     result: Reconstruction
     """What was found, on the CPU; there is one once the training has ended."""
 
@@ -67,8 +70,6 @@ class Attack(pl.LightningModule, ABC):
         dtype = network.mean.dtype
         self.dummy_images = nn.Parameter(torch.stack([images for images, _ in starts]).to(dtype))
         self.dummy_labels = nn.Parameter(torch.stack([labels for _, labels in starts]).to(dtype))
-        self.best_images = self.dummy_images.detach().clone()
-        self.best_labels = self.dummy_labels.detach().clone()
         self.best_objective = torch.full((len(starts),), torch.inf, dtype=dtype)
         self.active = torch.ones(len(starts), dtype=torch.bool)
         width = width_for(task.image * task.height * task.width, network.mean.device)
@@ -82,9 +83,12 @@ class Attack(pl.LightningModule, ABC):
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The first dummies of one case: of the images, and the labels' logits ``(image, class)``."""
 
-    @abstractmethod
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """The objective of one case, a scalar; images in [0, 1], labels as logits."""
+        """The objective of one case, a scalar; images in [0, 1], labels as logits.
+
+        ``|g - g*|^2`` over all parameters (Zhu et al. 2019, equation 3), unless an attack has its own.
+        """
+        return squared_distance(self.gradients(images, labels.softmax(-1), leak), leak.gradients)
 
     def gradients(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensors:
         """The gradient of one case's dummies, for label probabilities ``labels``."""
@@ -197,6 +201,11 @@ class Attack(pl.LightningModule, ABC):
 
 class LabelsFirst(Attack):
     """An attack that infers the labels before it starts, and optimises the images alone."""
+
+    def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Standard normal noise in the network's normalised input, and labels that say nothing yet."""
+        images = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
+        return images, torch.zeros(task.image, task.classes)
 
     def look(self, leak: Leak) -> None:
         """Set every case's labels to those that its head's gradient tells."""

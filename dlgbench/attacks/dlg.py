@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dlgbench.attacks.base import Attack, Task
-from dlgbench.leak import Leak, squared_distance
 from dlgbench.optim import LBFGS
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
@@ -49,10 +48,6 @@ class DLG(Attack):
         """Standard normal noise for both, the images' in the network's normalised input."""
         images = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
         return images, torch.randn(task.image, task.classes, generator=generator)
-
-    def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """``|g - g*|^2`` over all parameters (equation 3), with the labels' softmax."""
-        return squared_distance(self.gradients(images, labels.softmax(-1), leak), leak.gradients)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([self.dummy_images, self.dummy_labels])

@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from dlgbench.attacks.base import LabelsFirst, Task
-from dlgbench.leak import Leak, squared_distance
 from dlgbench.optim import LBFGS
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
@@ -43,15 +41,6 @@ class IDLG(LabelsFirst):
             lr=learning_rate, history_size=history, max_iter=iterations,
             tolerance_grad=tolerance_gradient, tolerance_change=tolerance_change,
         )  # fmt: skip
-
-    def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Standard normal noise in the network's normalised input."""
-        images = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
-        return images, torch.zeros(task.image, task.classes)
-
-    def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """``|g - g*|^2`` over all parameters (Zhu et al. 2019, equation 3)."""
-        return squared_distance(self.gradients(images, labels.softmax(-1), leak), leak.gradients)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([self.dummy_images])

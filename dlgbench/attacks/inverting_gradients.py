@@ -45,11 +45,6 @@ class InvertingGradients(LabelsFirst):
         self.total_variation = total_variation
         self.iterations = iterations
 
-    def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Standard normal noise in the network's normalised input."""
-        images = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
-        return images, torch.zeros(task.image, task.classes)
-
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """``1 - <g, g*> / (|g| |g*|) + weight * TV``, TV the mean absolute difference of neighbours."""
         ours = self.gradients(images, labels.softmax(-1), leak)
