@@ -16,9 +16,6 @@ from torch import Tensor
 from dlgbench.errors import UsageError
 from dlgbench.linesearch import Point, Search, strong_wolfe
 
-CURVATURE = 1e-10
-"""A pair (s, y) is remembered where s.y is above this, as in ``torch.optim.LBFGS``."""
-
 
 class _Values(NamedTuple):
     """The objective of every row, ``(row,)`` on the CPU, and its gradient, ``(row, number)``."""
@@ -32,8 +29,9 @@ class LBFGS(torch.optim.Optimizer):
 
     ``active``, ``(row,)`` booleans on the CPU, says which rows to optimise; while a step runs it is
     narrowed to the rows whose objective and gradient the next closure must give, and afterwards it
-    is as before.  ``line_search`` is torch's ``strong_wolfe``; the other options are torch's.  A row
-    whose objective is no longer finite stops where that happened.
+    is as before.  A pair (s, y) is remembered where s.y is above ``tolerance_curvature``, which torch
+    holds at 1e-10: small objectives want 0.  ``line_search`` is torch's ``strong_wolfe``; the other
+    options are torch's.  A row whose objective is no longer finite stops where that happened.
 
     With n numbers in a row and m = ``history_size``, a row needs 2mn + O(m^2) numbers of memory, and
     an iteration O(mn + m^2) time: it reads the 2mn numbers of the history twice.
@@ -48,6 +46,7 @@ class LBFGS(torch.optim.Optimizer):
         max_eval: int | None = None,
         tolerance_grad: float = 1e-7,
         tolerance_change: float = 1e-9,
+        tolerance_curvature: float = 1e-10,
         history_size: int = 100,
         line_search: bool = False,
         active: Tensor | None = None,
@@ -67,7 +66,7 @@ class LBFGS(torch.optim.Optimizer):
         self.tolerance_change = tolerance_change
         self.line_search = line_search
         numbers = _flat(self._params)
-        self._history = _History(history_size, numbers)
+        self._history = _History(history_size, tolerance_curvature, numbers)
         self._direction, self._gradient = torch.zeros_like(numbers), torch.zeros_like(numbers)
         self._length = torch.zeros(counts[0], dtype=torch.float64)
         self._begun = torch.zeros(counts[0], dtype=torch.bool)
@@ -196,10 +195,11 @@ class _History:
     its row and column, so no triangular system has to be solved.  Slots not yet used are zero.
     """
 
-    def __init__(self, size: int, like: Tensor) -> None:
+    def __init__(self, size: int, tolerance: float, like: Tensor) -> None:
         rows, numbers = like.shape
         small = like.new_zeros((), dtype=torch.float64)
         self.size = size
+        self.tolerance = tolerance
         self.pairs = like.new_zeros(rows, 2 * size, numbers)  # every s, then every y
         self.inverse = small.new_zeros(rows, size, size)  # R^-1, transposed
         self.products = small.new_zeros(rows, 2 * size)  # of every pair with the gradient seen last
@@ -211,7 +211,7 @@ class _History:
     def directions(self, rows: list[int], s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
         """``-H gradient`` of ``rows``, after their new pairs; all ``(row, number)``."""
         sy, yy = (s * y).sum(1).double(), (y * y).sum(1).double()
-        kept = (sy > CURVATURE).tolist()
+        kept = (sy > self.tolerance).tolist()
         found = torch.empty_like(gradient)
         for there, here in self._runs(rows, kept):
             new = kept[there.start]

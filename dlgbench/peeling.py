@@ -2,7 +2,8 @@
 
 Where a network is a chain of convolutions, linear layers and activations that have an inverse, the
 input of a layer solves *linear* equations, once its output and the loss's gradient there are known:
-its own forward equations, and those of the leaked gradient of its weights (section 3.2).
+its own forward equations, and those of the leaked gradient of its weights (section 3.2).  A rectified unit
+that is dead has no forward equation, but it is an input of the next layer that is known to be 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.grad import conv2d_input
 
-from dlgbench import newton
+from dlgbench import leastsquares, newton
 from dlgbench.convolution import Conv2d
 from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
@@ -29,10 +30,10 @@ EDGE = 1e-12
 """What a bounded activation keeps from its bounds at least, where its inverse is infinite."""
 DEAD = 1e-5
 """A rectified activation below this share of the largest is taken for 0: its input is not known."""
-DAMPING, REFINEMENTS = 1e-11, 4
-"""Tikhonov's term, in units of the mean eigenvalue, and steps of iterative refinement that undo it."""
 
 Activation = Callable[[Tensor], Tensor]
+Equations = Callable[[Tensor], Tensor]
+Fill = Callable[[Equations, Tensor, torch.Size], Tensor]
 INVERSES: dict[Activation, Activation] = {
     ACTIVATIONS["sigmoid"]: lambda outputs: torch.logit(outputs, EDGE),
     ACTIVATIONS["tanh"]: lambda outputs: torch.atanh(outputs.clamp(EDGE - 1, 1 - EDGE)),
@@ -86,8 +87,11 @@ def _peel(
     slope = gradients[f"{layers[-1].name}.bias"]  # of one image, that is the loss's gradient in the logits
     outputs = Outputs(slope, torch.ones_like(slope, dtype=torch.bool), slope)
     for layer, below in zip(reversed(layers), [*reversed(layers[:-1]), None], strict=True):
-        solve = _linear if isinstance(layer.module, nn.Linear) else _convolution
-        inputs, slope = solve(layer, weights, gradients[f"{layer.name}.weight"], outputs)
+        if isinstance(layer.module, nn.Linear):
+            inputs, slope = _linear(layer, weights, gradients[f"{layer.name}.weight"], outputs)
+        else:
+            fill = _rectified if below and below.activation is ACTIVATIONS["relu"] else _smooth
+            inputs, slope = _convolution(layer, weights, gradients[f"{layer.name}.weight"], outputs, fill)
         if below is not None:
             outputs = _undo(below.activation, inputs.view(below.outputs), slope.view(below.outputs))
     if trunk is not None:
@@ -157,8 +161,10 @@ def _linear(layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outputs) 
     return slope @ gradient / slope.square().sum(), slope @ weights[f"{layer.name}.weight"]
 
 
-def _convolution(layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """A convolution's input, by least squares over its frequencies, and the loss's gradient there."""
+def _convolution(
+    layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outputs, fill: Fill
+) -> tuple[Tensor, Tensor]:
+    """A convolution's input, where the equations leave it open as ``fill`` has it, and the slope there."""
     assert isinstance(layer.module, Conv2d)
     weight, bias = weights[f"{layer.name}.weight"], weights.get(f"{layer.name}.bias")
     stride, padding = layer.module.stride, cast(tuple[int, int], layer.module.padding)
@@ -173,27 +179,26 @@ def _convolution(layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outp
         ours = ours.reshape(*images.shape[:2], *ours.shape[1:]).transpose(1, 2)
         return torch.cat([ahead, ours.flatten(1)], 1)
 
-    spectrum = Spectrum(layer.inputs[1], layer.inputs[2], weight)
-    grey = torch.full((1, *layer.inputs), 0.5).to(weight)
-    basis = torch.eye(grey.numel()).to(weight).view(-1, *layer.inputs)
-    wanted = torch.cat([forward[outputs.known], gradient.flatten()]) - equations(grey)[0]
-    found = _least_squares(equations(spectrum.images(basis)).T, wanted)
-    slope = conv2d_input(grey.shape, weight, outputs.slope[None], stride, padding)  # type: ignore[no-untyped-call]
-    return grey[0] + spectrum.images(found.view(layer.inputs)), slope[0]
+    found = fill(equations, torch.cat([forward[outputs.known], gradient.flatten()]), layer.inputs)
+    shape = (1, *layer.inputs)
+    slope = conv2d_input(shape, weight, outputs.slope[None], stride, padding)  # type: ignore[no-untyped-call]
+    return found, slope[0]
 
 
-def _least_squares(matrix: Tensor, wanted: Tensor) -> Tensor:
-    """The solution of least norm of ``matrix @ x = wanted``, every equation in units of its own size.
+def _smooth(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
+    """The solution that is least in the spectrum's units, about grey."""
+    spectrum = Spectrum(shape[1], shape[2], wanted)
+    grey = torch.full((1, *shape), 0.5).to(wanted)
+    basis = spectrum.images(_basis(shape, wanted))
+    found = leastsquares.solve(equations(basis).T, wanted - equations(grey)[0])
+    return grey[0] + spectrum.images(found.view(shape))
 
-    NaN where there is none, as for equations of zeros.
-    """
-    sizes = matrix.norm(dim=1).clamp_min(torch.finfo(matrix.dtype).tiny)
-    matrix, wanted = matrix / sizes[:, None], wanted / sizes
-    gram = matrix.T @ matrix
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    factor, fault = torch.linalg.cholesky_ex(gram)
-    found = torch.full_like(gram[0], torch.nan if fault else 0)
-    for _ in range(1 + REFINEMENTS):
-        rest = matrix.T @ (wanted - matrix @ found)
-        found += torch.cholesky_solve(rest[:, None], factor)[:, 0]
-    return found
+
+def _rectified(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
+    """The solution without negative entries: most are 0, which makes up for what equations are missing."""
+    return leastsquares.solve_nonnegative(equations(_basis(shape, wanted)).T, wanted).view(shape)
+
+
+def _basis(shape: torch.Size, like: Tensor) -> Tensor:
+    """Every unit vector as an input, ``(number, channel, height, width)``."""
+    return torch.eye(shape.numel()).to(like).view(-1, *shape)

@@ -17,6 +17,7 @@ from dlgbench.attacks.base import Attack
 from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
 from dlgbench.case import Case, stream
 from dlgbench.leak import Leak
+from dlgbench.metrics import psnr
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.victims import leak_of, network_of, secret_of
 
@@ -142,6 +143,12 @@ def test_only_networks_with_batch_norm_are_stretched() -> None:
     attack = fitted(one, leaked(one))
     assert isinstance(attack, Spectral)
     assert set(attack.gain.flatten().tolist()) == {CONTRAST}
+
+
+def test_spectral_goes_on_where_the_objective_is_small() -> None:
+    one = replace(case("spectral", "lenet5", steps=40), image=5, dtype="float32")  # a pale photo
+    attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS)
+    assert float(psnr(torch.tensor(error(attack.result.images[0], truth.images[0])))) > 20
 
 
 def test_analytic_tells_what_labels_alone_tell_where_layers_cannot_be_inverted() -> None:

@@ -12,7 +12,17 @@ import dlgbench
 
 FLOORS: Sequence[set[str]] = (
     {"", "errors", "exits", "text"},
-    {"registry", "images", "provenance", "linesearch", "batchnorm", "convolution", "spectrum", "doctor"},
+    {
+        "registry",
+        "images",
+        "provenance",
+        "linesearch",
+        "batchnorm",
+        "convolution",
+        "spectrum",
+        "leastsquares",
+        "doctor",
+    },
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
     {"leak", "case"},

@@ -183,3 +183,12 @@ def test_the_cubic_minimum_is_that_of_the_cubic() -> None:
     assert cubic_minimum(point(0.0), point(3.0)) == pytest.approx(least)
     assert cubic_minimum(point(3.0), point(0.0)) == pytest.approx(least)
     assert cubic_minimum(point(0.0), point(1.0)) == 1.0
+
+
+def test_a_small_objective_needs_its_curvature() -> None:
+    options = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+    start = starts(1, torch.float64)
+    stuck, _ = rowwise(lambda x: 1e-8 * quartic(x), start, 10, **options)
+    found, _ = rowwise(lambda x: 1e-8 * quartic(x), start, 10, **options, tolerance_curvature=0.0)
+    assert float((stuck[-1] - start).abs().max()) < 1e-2
+    assert float(found[-1].abs().max()) < 1e-6

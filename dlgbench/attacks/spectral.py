@@ -58,7 +58,7 @@ class Spectral(LabelsFirst):
         self.optimizer = partial(
             LBFGS, active=self.active,
             lr=learning_rate, history_size=history, max_iter=iterations,
-            tolerance_grad=1e-9, tolerance_change=0.0,
+            tolerance_grad=0.0, tolerance_change=0.0, tolerance_curvature=0.0,
         )  # fmt: skip
 
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,51 @@
+"""Least squares against numpy's and scipy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+from torch import Tensor
+
+from dlgbench.leastsquares import DAMPING, solve, solve_nonnegative
+
+
+def system(seed: int, equations: int, unknowns: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations with rows of size 1, a right side that they can meet, and the solution it was made of."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(equations, unknowns, generator=generator, dtype=torch.float64)
+    matrix /= matrix.norm(dim=1, keepdim=True)
+    truth = torch.rand(unknowns, generator=generator, dtype=torch.float64)
+    truth[torch.rand(unknowns, generator=generator) > share] = 0
+    return matrix, matrix @ truth, truth
+
+
+@given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 30))
+def test_plain_solutions_are_those_of_least_norm(seed: int, equations: int, unknowns: int) -> None:
+    matrix, wanted, _ = system(seed, equations, unknowns)
+    theirs, *_ = np.linalg.lstsq(matrix.numpy(), wanted.numpy(), rcond=None)
+    if np.linalg.cond(matrix.numpy()) < 1e3:
+        # rounding, divided by the damping of what no equation determines
+        np.testing.assert_allclose(solve(matrix, wanted), theirs, atol=2e-16 / DAMPING * unknowns)
+
+
+@given(st.integers(0, 1000), st.integers(20, 40), st.integers(1, 20))
+def test_solutions_without_negative_entries_are_scipys(seed: int, equations: int, unknowns: int) -> None:
+    matrix, _, _ = system(seed, equations, unknowns)
+    wanted = torch.randn(equations, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    theirs, _ = nnls(matrix.numpy(), wanted.numpy())
+    np.testing.assert_allclose(solve_nonnegative(matrix, wanted), theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_zeros_make_up_for_missing_equations(seed: int) -> None:
+    matrix, wanted, truth = system(seed, equations=120, unknowns=200, share=0.1)
+    assert float((solve(matrix, wanted) - truth).norm() / truth.norm()) > 0.1
+    assert float((solve_nonnegative(matrix, wanted) - truth).abs().max()) < 1e-6
+
+
+def test_equations_of_zeros_have_no_solution() -> None:
+    assert solve(torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)).isnan().all()
