@@ -186,9 +186,12 @@ def test_the_cubic_minimum_is_that_of_the_cubic() -> None:
 
 
 def test_a_small_objective_needs_its_curvature() -> None:
+    def small(x: Tensor) -> Tensor:
+        return 1e-6 * (torch.linspace(1, 3, N) * x**2).sum(-1)
+
     options = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
     start = starts(1, torch.float64)
-    stuck, _ = rowwise(lambda x: 1e-8 * quartic(x), start, 10, **options)
-    found, _ = rowwise(lambda x: 1e-8 * quartic(x), start, 10, **options, tolerance_curvature=0.0)
-    assert float((stuck[-1] - start).abs().max()) < 1e-2
-    assert float(found[-1].abs().max()) < 1e-6
+    stuck, _ = rowwise(small, start, 3, **options)
+    found, _ = rowwise(small, start, 3, **options, tolerance_curvature=0.0)
+    assert float((stuck[-1] - start).abs().max()) < 1e-3
+    assert float(found[-1].abs().max()) < 1e-3
