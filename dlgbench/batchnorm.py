@@ -36,6 +36,15 @@ class BatchNorm2d(nn.Module):
         return output
 
 
+class SharedBatchNorm2d(BatchNorm2d):
+    """The same, of a client that shares its batch's statistics: buffers ``batch_mean`` and ``batch_var``."""
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__(layer)
+        for name in ("batch_mean", "batch_var"):
+            self.register_buffer(name, torch.zeros_like(layer.bias.detach()), persistent=False)
+
+
 # Notation: x features, w weight, r = 1 / sqrt(var + eps), h = (x - mean) r, y = w h + b; g the gradient
 # of y.  With P v = v - mean(v) - h mean(h v), which is symmetric and maps to what r P does to h:
 #   dx = w r P g      dw = sum(g h)      db = sum(g)            (Ioffe and Szegedy 2015, section 3)

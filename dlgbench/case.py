@@ -9,10 +9,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from dlgbench.errors import UsageError, unknown
-from dlgbench.registry import ROOMS, Spec, Value
+from dlgbench.registry import ATTACKS, ROOMS, Spec, Value
 
 PROTOCOL = 3
-"""Part of every case's identity: raise it when the same case would give other numbers."""
+"""Part of every case's identity: raise it when the same case would give other numbers.
+
+Where these are the cases of one attack only, raise the ``revision`` that it is registered with.
+"""
 
 DType = Literal["float32", "float64"]
 _POSITIVE = ("batch", "resolution", "classes", "steps")
@@ -58,7 +61,9 @@ class Case:
     @property
     def id(self) -> str:
         """The content hash that names the record: 16 hexadecimal digits."""
-        content = json.dumps([PROTOCOL, self.plain()], sort_keys=True)
+        facts = ATTACKS.entry(self.attack.name).facts
+        revision = [facts["revision"]] if "revision" in facts else []
+        content = json.dumps([PROTOCOL, self.plain(), *revision], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def plain(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from dlgbench.batchnorm import DIMENSIONS, SharedBatchNorm2d
 from dlgbench.prepare import Network
 
 Tensors = dict[str, Tensor]
@@ -21,7 +22,7 @@ class Leak(NamedTuple):
     """All that the attacker sees, by parameter or buffer name, each ``(case, *its own shape)``.
 
     ``buffers`` holds the state that the client declares beside its weights: running statistics where
-    batch norm is in eval mode, dropout masks where they are known.
+    batch norm is in eval mode, the batch's where they are shared, dropout masks where they are known.
     """
 
     weights: Tensors
@@ -71,6 +72,31 @@ def forward(network: Network, weights: Tensors, buffers: Tensors, images: Tensor
     """The logits of every head, ``(image, class)``, with these weights."""
     logits: tuple[Tensor, ...] = functional_call(network, (weights, buffers), (images,))
     return logits
+
+
+def statistics(network: Network, weights: Tensors, buffers: Tensors, images: Tensor) -> Tensors:
+    """Mean and (biased) variance of what enters each layer of shared statistics, by its buffers' names.
+
+    Differentiable in ``images``; empty where the network has no such layer.
+    """
+    found: Tensors = {}
+
+    def note(name: str, features: Tensor) -> None:
+        variance, mean = torch.var_mean(features, dim=DIMENSIONS, correction=0)
+        found.update({f"{name}.batch_mean": mean, f"{name}.batch_var": variance})
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, layer in network.named_modules()
+        if isinstance(layer, SharedBatchNorm2d)
+    ]
+    try:
+        if hooks:
+            forward(network, weights, buffers, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def stack(leaks: Sequence[Leak]) -> Leak:

@@ -13,16 +13,21 @@ import torch
 import torchvision
 from torch import nn
 
-from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.batchnorm import BatchNorm2d, SharedBatchNorm2d
 from dlgbench.convolution import Conv2d
 from dlgbench.errors import Unsuitable
 from dlgbench.prepare import Dropout, Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS, Spec
 
 Activation = Literal["sigmoid", "relu", "tanh", "softplus", "silu", "gelu"]
-BatchNorm = Literal["train", "eval"]
+BatchNorm = Literal["train", "eval", "shared"]
+"""``shared``: train mode, of a client that shares its batch's statistics with the gradient."""
 DropoutMode = Literal["fresh", "known", "off"]
 Shape = tuple[int, int, int, int]
+NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
+    "train": BatchNorm2d, "shared": SharedBatchNorm2d, "eval": nn.BatchNorm2d.eval,
+}  # fmt: skip
+"""In train mode batch statistics only: there are no running ones to update or to leak."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -155,10 +160,7 @@ def _torchvision(
 ) -> Network:
     body = replace_activation(body.train(), activation)
     _swap(body, nn.Dropout, lambda layer: nn.Identity() if dropout == "off" else Dropout(layer.p))
-    if batchnorm == "train":  # batch statistics only: no buffers to update or to leak
-        _swap(body, nn.BatchNorm2d, BatchNorm2d)
-    else:
-        _swap(body, nn.BatchNorm2d, lambda layer: layer.eval())
+    _swap(body, nn.BatchNorm2d, NORMS[batchnorm])
     network = Network(body, IMAGENET_MEAN, IMAGENET_STD, heads, mask_known=dropout == "known")
     initialise(network, init, activation)
     try:

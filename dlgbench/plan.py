@@ -1,4 +1,4 @@
-"""`Plan`: a TOML grid of cases, one table of the benchmark."""
+"""`Plan`: a TOML file of one grid of cases or several, one table of the benchmark."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ SIZES = {"images": 1, "seeds": 1, "steps": 300}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``grid`` lists the values of every axis; ``profiles`` say how many images, seeds and steps.
+class Grid:
+    """``axes`` lists the values of every axis; ``profiles`` say how many images, seeds and steps.
 
     A size is a number, or a table from network name to number with a ``default``.
     """
 
+    axes: Mapping[str, Sequence[Value]]
+    profiles: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cases of all points of all grids, with the fields in ``pins`` set for every one of them."""
+
     name: str
     title: str
-    grid: Mapping[str, Sequence[Value]]
-    profiles: Mapping[str, Mapping[str, Any]]
+    grids: Sequence[Grid]
     pins: Mapping[str, Value] = field(default_factory=dict)
 
     def pin(self, path: str, value: str) -> Plan:
@@ -44,18 +51,21 @@ class Plan:
         return replace(self, pins={**self.pins, path: value})
 
     def rows(self, profile: str) -> Iterator[dict[str, Any]]:
-        """The unresolved cases: one mapping per point of the grid, image and seed."""
-        sizes = self.profiles.get(profile, {})
-        grid = {axis: self.grid.get(axis, [default]) for axis, default in AXES.items()}
-        grid |= {axis: [value] for axis, value in self.pins.items() if axis in AXES}
-        for point in itertools.product(*grid.values()):
-            row = dict(zip(grid, point, strict=True))
-            network = str(row["network"]).partition(":")[0]
-            size = {key: self._size(key, sizes, network) for key in SIZES}
-            images = [self._whole("image")] if "image" in self.pins else range(size["images"])
-            seeds = [self._whole("seed")] if "seed" in self.pins else range(size["seeds"])
-            for image, seed in itertools.product(images, seeds):
-                yield {**row, "image": image, "seed": seed, "steps": size["steps"]}
+        """The unresolved cases: one mapping per point of a grid, image and seed."""
+        for grid in self.grids:
+            sizes = grid.profiles.get(profile, {})
+            axes = {axis: grid.axes.get(axis, [default]) for axis, default in AXES.items()}
+            axes |= {axis: [value] for axis, value in self.pins.items() if axis in AXES}
+            for values in itertools.product(*axes.values()):
+                yield from self._point(dict(zip(axes, values, strict=True)), sizes)
+
+    def _point(self, point: Mapping[str, Value], sizes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        network = str(point["network"]).partition(":")[0]
+        size = {key: self._size(key, sizes, network) for key in SIZES}
+        images = [self._whole("image")] if "image" in self.pins else range(size["images"])
+        seeds = [self._whole("seed")] if "seed" in self.pins else range(size["seeds"])
+        for image, seed in itertools.product(images, seeds):
+            yield {**point, "image": image, "seed": seed, "steps": size["steps"]}
 
     def _size(self, key: str, sizes: Mapping[str, Any], network: str) -> int:
         if key in self.pins:
@@ -114,23 +124,35 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     for key in content:
         if key not in ("title", "grid", *PROFILES):
             raise unknown("table", key, ("title", "grid", *PROFILES))
-    grid, profiles = content.get("grid", {}), {key: content.get(key, {}) for key in PROFILES}
-    if not isinstance(grid, dict) or "network" not in grid:
+    grids = content.get("grid", {})
+    grids = grids if isinstance(grids, list) else [grids]
+    shared = {profile: content.get(profile, {}) for profile in PROFILES}
+    return Plan(name, str(content.get("title", name)), [_grid(grid, shared) for grid in grids])
+
+
+def _grid(content: Any, shared: Mapping[str, Any]) -> Grid:
+    """One ``[grid]`` or ``[[grid]]`` with its own profiles, or else those that all grids share."""
+    if not isinstance(content, dict) or "network" not in content:
         raise UsageError("expected a table [grid] with at least network = [...]")
-    _check_keys("axis of [grid]", grid, AXES)
-    for axis, values in grid.items():
+    axes = {key: value for key, value in content.items() if key not in PROFILES}
+    _check_axes(axes)
+    profiles = {profile: content.get(profile, shared[profile]) for profile in PROFILES}
+    for profile, sizes in profiles.items():
+        _check_sizes(profile, sizes)
+    return Grid(axes, profiles)
+
+
+def _check_axes(axes: Mapping[str, Any]) -> None:
+    _check_keys("axis of [grid]", axes, AXES)
+    for axis, values in axes.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"expected every axis of [grid] to be a list of values, got {values!r}")
         kind = type(AXES[axis])
         if wrong := [value for value in values if type(value) is not kind]:
             raise UsageError(f"{axis}: expected values of type {kind.__name__}, got {wrong[0]!r}")
-    for profile, sizes in profiles.items():
-        _check_sizes(profile, sizes)
-    plan = Plan(name, str(content.get("title", name)), grid, profiles)
     for room in ROOMS.values():
-        for text in grid.get(room.kind, []):
+        for text in axes.get(room.kind, []):
             room.spec(str(text))
-    return plan
 
 
 def _check_keys(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -> None:

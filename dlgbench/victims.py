@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dlgbench import datasets, networks
 from dlgbench.case import Case, stream
 from dlgbench.datasets import Dataset
-from dlgbench.leak import Leak, Secret, Tensors, gradients
+from dlgbench.leak import Leak, Secret, Tensors, gradients, statistics
 from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 
@@ -48,6 +48,7 @@ def leak_of(case: Case, network: Network, secret: Secret, device: torch.device =
     masks = {name: m.to(device) for name, m in network.draw_masks(_generator(case, "dropout")).items()}
     images, labels = secret.images[0].to(device), F.one_hot(secret.labels[0], case.classes).to(network.mean)
     private = gradients(network, weights, {**state, **masks}, images, labels)
+    state |= statistics(network, weights, {**state, **masks}, images)
     defend = DEFENSES.make(case.defense)
     shared = defend(private, _generator(case, "defense"))
     declared = {name: tensor for name, tensor in state.items() if name not in masks}

@@ -21,6 +21,7 @@ FLOORS: Sequence[set[str]] = (
         "convolution",
         "spectrum",
         "leastsquares",
+        "adam",
         "doctor",
     },
     {"prepare", "datasets", "defenses", "metrics", "optim"},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlgbench.adam import BoxedAdam
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.leak import Leak
 from dlgbench.prepare import Network
@@ -69,22 +69,10 @@ class InvertingGradients(LabelsFirst):
         return -self.network.mean / self.network.std, (1 - self.network.mean) / self.network.std
 
 
-class SignedAdam(torch.optim.Adam):
-    """Adam on the sign of the gradient, ``iterations`` times a step, clamped to a box after each."""
+class SignedAdam(BoxedAdam):
+    """Adam on the sign of the gradient."""
 
-    def __init__(self, dummies: Tensor, box: tuple[Tensor, Tensor], lr: float, iterations: int) -> None:
-        super().__init__([dummies], lr=lr)
-        self.dummies, self.box, self.iterations = dummies, box, iterations
-
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
-        """Returns the closure's first answer."""
-        answers = []
-        for _ in range(self.iterations):
-            with torch.enable_grad():
-                answers.append(closure())
-            assert self.dummies.grad is not None
-            self.dummies.grad = self.dummies.grad.sign()
-            super().step()
-            with torch.no_grad():
-                self.dummies.clamp_(*self.box)
-        return answers[0]
+    def descend(self) -> None:
+        assert self.dummies.grad is not None
+        self.dummies.grad = self.dummies.grad.sign()
+        super().descend()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
-from dlgbench.leak import Leak
+from dlgbench.leak import Leak, statistics
 from dlgbench.optim import LBFGS
 from dlgbench.peeling import peel
 from dlgbench.prepare import Network
@@ -33,6 +33,7 @@ CLIPPED = 0.01
     "spectral",
     labels="recovered first, by counts",
     priors="smoothness of the start, range of pixels",
+    revision=2,
     positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
@@ -87,21 +88,19 @@ class Spectral(LabelsFirst):
         """The mean of ``|g - g*|^2 / |g*|^2`` over the weights of convolutions and linear layers.
 
         Biases and batch norm's parameters hold few numbers, sums over all positions, and would weigh
-        as much as whole layers.
+        as much as whole layers.  A batch's statistics count as weights do, where the client shares them.
         """
         ours = self.gradients(images, labels.softmax(-1), leak)
-        sizes = {name: g.square().sum() for name, g in leak.gradients.items() if g.dim() > 1}
-        terms = [
-            torch.where(size > 0, (ours[name] - leak.gradients[name]).square().sum() / size, 0)
-            for name, size in sizes.items()
-        ]
-        return torch.stack(terms).mean()
+        seen = statistics(self.network, leak.weights, leak.buffers, images)
+        pairs = [(ours[name], g) for name, g in leak.gradients.items() if g.dim() > 1]
+        pairs += [(seen[name], leak.buffers[name]) for name in seen]
+        return torch.stack([_relative(a, b) for a, b in pairs]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([self.dummy_images])
 
     def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
-        if batch_idx + 1 == STRETCH_AFTER and any(isinstance(m, BatchNorm2d) for m in self.network.modules()):
+        if batch_idx + 1 == STRETCH_AFTER and any(type(m) is BatchNorm2d for m in self.network.modules()):
             self.stretch()
 
     def stretch(self) -> None:
@@ -117,3 +116,8 @@ class Spectral(LabelsFirst):
         self.gain = torch.where(found, 1 / (high - low), self.gain)
         self.grey = torch.where(found, -low * self.gain, self.grey)
         self.best_objective[found.flatten()] = torch.inf
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    size = theirs.square().sum()
+    return torch.where(size > 0, (ours - theirs).square().sum() / size, 0)

@@ -1,0 +1,111 @@
+"""GradInversion, and the statistics that its client shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from dlgbench import trial
+from dlgbench.attacks.base import Attack
+from dlgbench.attacks.gradinversion import GradInversion
+from dlgbench.case import Case, stream
+from dlgbench.leak import Leak, statistics
+from dlgbench.networks import build
+from dlgbench.prepare import replace_activation
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.victims import leak_of, network_of, secret_of
+
+PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
+CASE = Case(
+    network=NETWORKS.spec("resnet18:batchnorm=shared"), dataset=DATASETS.spec("photos"),
+    attack=ATTACKS.spec("gradinversion:iterations=3"), defense=DEFENSES.spec("none"), batch=2, resolution=64,
+    preparation="crop", channels=3, classes=10, steps=2, dtype="float64", image=0, seed=0,
+)  # fmt: skip
+
+
+def attack_and_leak(case: Case = CASE) -> tuple[Attack, Leak]:
+    return trial.attack_on([case], network_of(case)), leak_of(case, network_of(case), secret_of(case, PHOTOS))
+
+
+def torchvisions(leak: Leak) -> nn.Module:
+    """ResNet-18 with the leaked weights and untouched batch norm, in train mode."""
+    body = replace_activation(torchvision.models.resnet18(num_classes=10), "sigmoid").double().train()
+    weights = {name.removeprefix("body."): tensor[0] for name, tensor in leak.weights.items()}
+    body.load_state_dict(weights, strict=False)
+    return body
+
+
+def test_the_statistics_are_what_torch_would_have_gathered() -> None:
+    _, leak = attack_and_leak()
+    body, images = torchvisions(leak), secret_of(CASE, PHOTOS).images[0]
+    for layer in body.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    network = network_of(CASE)
+    body((images - network.mean) / network.std)
+    shared = [name for name in leak.buffers if name.endswith(".batch_mean")]
+    assert len(shared) == 20
+    for name in shared:
+        layer = body.get_submodule(name.removeprefix("body.").removesuffix(".batch_mean"))
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert layer.running_mean is not None
+        torch.testing.assert_close(leak.buffers[name][0], layer.running_mean)
+
+
+def test_other_clients_share_no_statistics() -> None:
+    one = replace(CASE, network=NETWORKS.spec("resnet18"))
+    network = network_of(one)
+    leak = leak_of(one, network, secret_of(one, PHOTOS))
+    assert leak.buffers == {}
+    assert statistics(network, leak.row(0).weights, {}, torch.rand(2, 3, 64, 64).double()) == {}
+
+
+def test_sharing_statistics_leaves_the_gradient_as_it_is() -> None:
+    plain = build(NETWORKS.spec("resnet18"), CASE.shape, 10, stream(CASE, "weights"), torch.float64)
+    _, leak = attack_and_leak()
+    theirs = leak_of(CASE, plain, secret_of(CASE, PHOTOS))
+    for name, gradient in theirs.gradients.items():
+        torch.testing.assert_close(leak.gradients[name], gradient)
+
+
+def test_the_objective_is_zero_but_for_its_priors_at_the_truth() -> None:
+    attack, leak = attack_and_leak(
+        replace(CASE, attack=ATTACKS.spec("gradinversion:total_variation=0.0,norm=0.0"))
+    )
+    truth = secret_of(CASE, PHOTOS)
+    labels = 1e4 * (F.one_hot(truth.labels[0], 10).double() - 1)
+    there = attack.distance(truth.images[0], labels, leak.row(0))
+    assert float(there) == pytest.approx(0, abs=1e-12)
+    darker = attack.distance(0.9 * truth.images[0], labels, leak.row(0))
+    assert float(darker) > 1e-3
+
+
+def test_the_loop_is_adam_with_noise_within_the_box() -> None:
+    attack, leak = attack_and_leak()
+    assert isinstance(attack, GradInversion)
+    generator = torch.Generator().manual_seed(stream(CASE, "attack"))
+    image = torch.randn(2, 3, 64, 64, generator=generator).double().requires_grad_()
+    optimizer = torch.optim.Adam([image], lr=0.1)
+    network = network_of(CASE)
+    low, high = -network.mean / network.std, (1 - network.mean) / network.std
+    with torch.no_grad():
+        attack.look(leak)  # the labels
+    for step in range(CASE.steps):
+        rate = 0.1 * min(1, (step + 1) * 3 / 50) * (1 + math.cos(math.pi * step / CASE.steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        for _ in range(3):
+            pixels = image * network.std + network.mean
+            value: Tensor = attack.distance(pixels, attack.dummy_labels[0].detach(), leak.row(0))
+            (image.grad,) = torch.autograd.grad(value, image)
+            optimizer.step()
+            image.data += 0.2 * rate * torch.randn(image.shape, generator=generator)
+            image.data.clamp_(low, high)
+    fitted, _ = attack_and_leak()
+    trial.trainer_on("cpu", []).fit(fitted, trial.Frozen(leak, CASE.steps))
+    torch.testing.assert_close(fitted.dummy_images.detach()[0], image.detach(), rtol=1e-6, atol=1e-6)

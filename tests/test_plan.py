@@ -1,0 +1,37 @@
+"""Plans: which rows a file of grids and profiles means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dlgbench.plan import load
+
+TEXT = """
+[[grid]]
+network = ["lenet5", "resnet18:activation=relu"]
+quick = { images = { default = 0, lenet5 = 2 }, steps = 7 }
+
+[[grid]]
+network = ["lenet5"]
+batch = [8]
+
+[quick]
+seeds = 2
+"""
+
+
+def points(text: str, folder: Path, profile: str) -> list[tuple[object, ...]]:
+    (folder / "mine.toml").write_text(text)
+    rows = load(folder / "mine.toml").rows(profile)
+    return [tuple(row[key] for key in ("network", "batch", "image", "seed", "steps")) for row in rows]
+
+
+def test_every_grid_has_its_own_profiles_or_those_of_all(tmp_path: Path) -> None:
+    assert points(TEXT, tmp_path, "quick") == [
+        ("lenet5", 0, 0, 0, 7), ("lenet5", 0, 1, 0, 7), ("lenet5", 8, 0, 0, 300), ("lenet5", 8, 0, 1, 300),
+    ]  # fmt: skip
+
+
+def test_no_images_leave_a_network_out_of_one_profile_only(tmp_path: Path) -> None:
+    networks = [row[0] for row in points(TEXT, tmp_path, "standard")]
+    assert networks == ["lenet5", "resnet18:activation=relu", "lenet5"]
