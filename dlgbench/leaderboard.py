@@ -111,7 +111,7 @@ def _row(group: Sequence[Record], planned: int) -> Row:
     case, ran = group[0].case, [record for record in group if record.status != "skipped"]
     whole = [record for record in ran if not record.broken]
     recovered = sum(record.outcome in RECOVERED for record in whole)
-    right = sum(image["label"] == image["label_found"] for record in ran for image in record.images)
+    right = sum(_labels_found(record.images) for record in ran)
     medians: dict[str, Any] = {metric: _median(ran, metric, worst) for metric, worst in WORST.items()}
     steps = [record.convergence_step for record in ran if record.convergence_step is not None]
     return Row(
@@ -194,6 +194,12 @@ def _median(records: Sequence[Record], metric: str, worst: float) -> float | Non
         for record in records
     ]
     return finite(median(values)) if values else None
+
+
+def _labels_found(images: Sequence[Mapping[str, Any]]) -> int:
+    """How many of a batch's labels were found, with their multiplicity: of whichever of its images."""
+    truth, found = (Counter(image[kind] for image in images) for kind in ("label", "label_found"))
+    return (truth & found).total()
 
 
 def _middle(values: Iterable[float | None]) -> float | None:

@@ -37,7 +37,7 @@ def solve(
     its own names, all in float64.  Levenberg-Marquardt (Nocedal and Wright, "Numerical Optimization",
     section 10.3) from grey, over frequencies.
     """
-    spectrum = Spectrum(shape[-2], shape[-1], slope)
+    spectrum = Spectrum(shape[-3:], slope)
 
     def images(unknown: Tensor) -> Tensor:
         return 0.5 + spectrum.images(unknown.view(shape))

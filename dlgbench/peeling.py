@@ -187,7 +187,7 @@ def _convolution(
 
 def _smooth(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
     """The solution that is least in the spectrum's units, about grey."""
-    spectrum = Spectrum(shape[1], shape[2], wanted)
+    spectrum = Spectrum(shape, wanted)
     grey = torch.full((1, *shape), 0.5).to(wanted)
     basis = spectrum.images(_basis(shape, wanted))
     found = leastsquares.solve(equations(basis).T, wanted - equations(grey)[0])

@@ -13,33 +13,13 @@ from dlgbench.benchmarks.textbook import model
 from torch import Tensor, nn
 
 from dlgbench import trial
-from dlgbench.attacks.base import Attack
 from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
 from dlgbench.case import Case, stream
-from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
-from dlgbench.victims import leak_of, network_of, secret_of
+from dlgbench.registry import ATTACKS
+from dlgbench.victims import network_of, secret_of
 
-PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
-
-
-def case(attack: str, network: str = "lenet_dlg", steps: int = 2, resolution: int = 32) -> Case:
-    return Case(
-        network=NETWORKS.spec(network), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec(attack),
-        defense=DEFENSES.spec("none"), batch=1, resolution=resolution, preparation="fit", channels=3,
-        classes=100, steps=steps, dtype="float64", image=1, seed=1,
-    )  # fmt: skip
-
-
-def leaked(one: Case) -> Leak:
-    return leak_of(one, network_of(one), secret_of(one, PHOTOS))
-
-
-def fitted(one: Case, leak: Leak) -> Attack:
-    attack = trial.attack_on([one], network_of(one))
-    trial.trainer_on("cpu", []).fit(attack, trial.Frozen(leak, one.steps))
-    return attack
+from .clients import PHOTOS, case, fitted, leaked
 
 
 def textbook(one: Case) -> tuple[nn.Module, Sequence[Tensor], Tensor, Tensor]:
@@ -59,7 +39,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def test_idlg_is_the_textbook_loop_with_the_label_known() -> None:
-    one = case("idlg")
+    one = case(attack="idlg")
     body, target, image, label = textbook(one)
     optimizer = torch.optim.LBFGS([image], lr=1, max_iter=20, history_size=100)
 
@@ -80,7 +60,7 @@ def test_idlg_is_the_textbook_loop_with_the_label_known() -> None:
 
 
 def test_inverting_gradients_is_the_papers_loop() -> None:
-    one = case("inverting_gradients:iterations=3", steps=8)
+    one = case(attack="inverting_gradients:iterations=3", steps=8)
     body, target, image, label = textbook(one)
     optimizer = torch.optim.Adam([image], lr=0.1)
     theirs = torch.cat([gradient.flatten() for gradient in target])
@@ -101,7 +81,7 @@ def test_inverting_gradients_is_the_papers_loop() -> None:
 
 
 def test_spectral_weighs_every_layer_by_its_own_gradient() -> None:
-    one = case("spectral")
+    one = case(attack="spectral")
     leak, network = leaked(one), network_of(one)
     attack = trial.attack_on([one], network)
     image, label = torch.rand(1, 3, 32, 32).double(), F.one_hot(torch.tensor([5]), 100).double()
@@ -114,7 +94,7 @@ def test_spectral_weighs_every_layer_by_its_own_gradient() -> None:
 
 
 def test_a_layer_without_a_gradient_weighs_nothing() -> None:
-    one = case("spectral")
+    one = case(attack="spectral")
     leak = leaked(one)
     silent = {n: g * 0 if n == "body.2.weight" else g for n, g in leak.gradients.items()}
     attack = trial.attack_on([one], network_of(one))
@@ -124,7 +104,7 @@ def test_a_layer_without_a_gradient_weighs_nothing() -> None:
 
 
 def test_stretching_restores_the_contrast_that_batch_norm_hides() -> None:
-    one = replace(case("spectral", "resnet18", resolution=64), image=0)  # a photo with black and white
+    one = case(attack="spectral", network="resnet18", resolution=64, image=0)  # a photo with black and white
     leak, attack, truth = leaked(one), trial.attack_on([one], network_of(one)), secret_of(one, PHOTOS)
     assert isinstance(attack, Spectral)
     label = F.one_hot(truth.labels, 100).double() * 1e4
@@ -139,39 +119,42 @@ def test_stretching_restores_the_contrast_that_batch_norm_hides() -> None:
 
 
 def test_only_networks_with_batch_norm_are_stretched() -> None:
-    one = case("spectral", "lenet5", steps=STRETCH_AFTER + 1)
+    one = case(attack="spectral", network="lenet5", steps=STRETCH_AFTER + 1)
     attack = fitted(one, leaked(one))
     assert isinstance(attack, Spectral)
     assert set(attack.gain.flatten().tolist()) == {CONTRAST}
 
 
 def test_spectral_goes_on_where_the_objective_is_small() -> None:
-    one = replace(case("spectral", "lenet5", steps=40), image=5, dtype="float32")  # a pale photo
+    one = case(attack="spectral", network="lenet5", steps=40, image=5, dtype="float32")  # a pale photo
     attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS)
     assert float(psnr(torch.tensor(error(attack.result.images[0], truth.images[0])))) > 20
 
 
 def test_analytic_tells_what_labels_alone_tell_where_layers_cannot_be_inverted() -> None:
-    attack = fitted(replace(case("analytic", "lenet5"), steps=1), leaked(case("analytic", "lenet5")))
+    attack = fitted(
+        case(attack="analytic", network="lenet5", steps=1),
+        leaked(case(attack="analytic", network="lenet5")),
+    )
     assert set(attack.result.images.flatten().tolist()) == {0.5}
-    assert int(attack.result.labels.argmax()) == int(secret_of(case("analytic"), PHOTOS).labels)
+    assert int(attack.result.labels.argmax()) == int(secret_of(case(attack="analytic"), PHOTOS).labels)
 
 
 def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
     """Noise that a closed form amplifies makes it worse than grey, and only the gradient tells."""
-    one = replace(case("spectral"), defense=DEFENSES.spec("noise:std=0.1"))
+    one = case(attack="spectral", defense="noise:std=0.1")
     attack, grey = trial.attack_on([one], network_of(one)), trial.attack_on([one], network_of(one))
     with torch.no_grad():
         attack.look(leaked(one))
     assert torch.equal(attack.dummy_images, grey.dummy_images)
     with torch.no_grad():
-        attack.look(leaked(case("spectral")))
+        attack.look(leaked(case(attack="spectral")))
     assert not torch.equal(attack.dummy_images, grey.dummy_images)
 
 
 def test_a_case_that_has_ended_is_not_stretched() -> None:
     """Its best iterate was chosen as it is, and must not make way for whatever it ended in."""
-    one = replace(case("spectral", "resnet18", resolution=64), dtype="float32")
+    one = case(attack="spectral", network="resnet18", resolution=64, dtype="float32")
     attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
     assert isinstance(attack, Spectral)
     attack.best_objective.fill_(1)
@@ -184,7 +167,7 @@ def test_a_case_that_has_ended_is_not_stretched() -> None:
 @pytest.mark.parametrize("factor", [0, torch.nan])
 @pytest.mark.parametrize("name", ATTACKS.entries)
 def test_a_gradient_that_tells_nothing_breaks_no_attack(name: str, factor: float) -> None:
-    one = case(name)
+    one = case(attack=name)
     leak = leaked(one)
     silent = leak._replace(gradients={n: gradient * factor for n, gradient in leak.gradients.items()})
     assert fitted(one, silent).result.images.shape == (1, 1, 3, 32, 32)

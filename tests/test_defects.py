@@ -10,35 +10,21 @@ import torch
 from torch import Tensor
 
 from dlgbench import leaderboard, trial
-from dlgbench.attacks.base import Attack
 from dlgbench.case import Case, stream
-from dlgbench.leak import Leak, gradients
+from dlgbench.leak import gradients
 from dlgbench.metrics import assign, fidelity
 from dlgbench.optim import LBFGS
 from dlgbench.records import Record, decode, encode
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.registry import ATTACKS, NETWORKS
 from dlgbench.victims import leak_of, network_of, secret_of
 
-PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
-CASE = Case(
-    network=NETWORKS.spec("lenet_dlg"), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("dlg"),
-    defense=DEFENSES.spec("none"), batch=1, resolution=32, preparation="fit", channels=3, classes=100,
-    steps=2, dtype="float32", image=1, seed=1,
-)  # fmt: skip
+from .clients import PHOTOS, case, fitted, leaked
+
+CASE = case(dtype="float32")
 
 
 def run(one: Case) -> Record:
     return trial.run([one], PHOTOS, trial.Setup("cpu"), lambda step, objective, psnr: None)[0][0]
-
-
-def fitted(one: Case, leak: Leak) -> Attack:
-    attack = trial.attack_on([one], network_of(one))
-    trial.trainer_on("cpu", []).fit(attack, trial.Frozen(leak, one.steps))
-    return attack
-
-
-def leaked(one: Case) -> Leak:
-    return leak_of(one, network_of(one), secret_of(one, PHOTOS))
 
 
 def test_b1_the_label_reported_is_the_optimised_one() -> None:

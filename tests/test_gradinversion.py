@@ -18,19 +18,19 @@ from dlgbench.case import Case, stream
 from dlgbench.leak import Leak, statistics
 from dlgbench.networks import build
 from dlgbench.prepare import replace_activation
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.registry import ATTACKS, NETWORKS
 from dlgbench.victims import leak_of, network_of, secret_of
 
-PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
-CASE = Case(
-    network=NETWORKS.spec("resnet18:batchnorm=shared"), dataset=DATASETS.spec("photos"),
-    attack=ATTACKS.spec("gradinversion:iterations=3"), defense=DEFENSES.spec("none"), batch=2, resolution=64,
-    preparation="crop", channels=3, classes=10, steps=2, dtype="float64", image=0, seed=0,
+from .clients import PHOTOS, case, fitted, leaked
+
+CASE = case(
+    network="resnet18:batchnorm=shared", attack="gradinversion:iterations=3", batch=2, resolution=64,
+    preparation="crop", classes=10, image=0,
 )  # fmt: skip
 
 
-def attack_and_leak(case: Case = CASE) -> tuple[Attack, Leak]:
-    return trial.attack_on([case], network_of(case)), leak_of(case, network_of(case), secret_of(case, PHOTOS))
+def attack_and_leak(one: Case = CASE) -> tuple[Attack, Leak]:
+    return trial.attack_on([one], network_of(one)), leaked(one)
 
 
 def torchvisions(leak: Leak) -> nn.Module:
@@ -106,6 +106,6 @@ def test_the_loop_is_adam_with_noise_within_the_box() -> None:
             optimizer.step()
             image.data += 0.2 * rate * torch.randn(image.shape, generator=generator)
             image.data.clamp_(low, high)
-    fitted, _ = attack_and_leak()
-    trial.trainer_on("cpu", []).fit(fitted, trial.Frozen(leak, CASE.steps))
-    torch.testing.assert_close(fitted.dummy_images.detach()[0], image.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        fitted(CASE, leak).dummy_images.detach()[0], image.detach(), rtol=1e-6, atol=1e-6
+    )

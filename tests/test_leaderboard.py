@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,19 @@ def test_failures_stay_in_every_denominator() -> None:
     assert (row.recovered, row.exact, row.trials, row.broken, row.diverged) == (2, 1, 5, 2, 1)
     assert row.psnr == 5.0  # the median of 50, 25, 5 and two that are worse than all
     assert row.label_accuracy == 3 / 5
+
+
+@pytest.mark.parametrize(("found", "share"), [
+    ((3, 7, 7), 1.0),  # all, in another order
+    ((7, 7, 7), 2 / 3),
+    ((3, 3, 5), 1 / 3),  # once, where it is there once
+])  # fmt: skip
+def test_labels_count_for_whichever_image_they_were_found(found: tuple[int, ...], share: float) -> None:
+    pairs = zip((7, 3, 7), found, strict=True)
+    images = tuple({"psnr": 9.0, "mse": 0.1, "ssim": 0.1, "label": a, "label_found": b} for a, b in pairs)
+    one = replace(case(), batch=3)
+    (row, *_) = leaderboard.rows([record(one, 9, "failed", images=images)])
+    assert row.label_accuracy == pytest.approx(share)
 
 
 def test_a_median_that_falls_on_a_failure_is_undefined() -> None:

@@ -2,83 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from dlgbench.case import Case
 from dlgbench.metrics import mean_squared_error, psnr
 from dlgbench.peeling import chain, peel
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
-from dlgbench.victims import leak_of, network_of, secret_of
+from dlgbench.victims import network_of, secret_of
 
-PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
-
-
-def case(network: str, image: int = 0) -> Case:
-    return Case(
-        network=NETWORKS.spec(network), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("analytic"),
-        defense=DEFENSES.spec("none"), batch=1, resolution=32, preparation="fit", channels=3, classes=100,
-        steps=1, dtype="float64", image=image, seed=0,
-    )  # fmt: skip
+from .clients import PHOTOS, case, leaked
 
 
 def fidelity(one: Case) -> float:
     """The PSNR of what is peeled, in dB."""
     network, secret = network_of(one), secret_of(one, PHOTOS)
-    ((_, found),) = peel(network, leak_of(one, network, secret), one.shape)
+    ((_, found),) = peel(network, leaked(one), one.shape)
     return float(psnr(mean_squared_error(found, secret.images[0])))
 
 
 @pytest.mark.parametrize("options", ["", ":activation=tanh,init=default", ":activation=softplus"])
 def test_an_invertible_chain_gives_the_image_to_rounding(options: str) -> None:
-    assert fidelity(case(f"lenet_dlg{options}", image=1)) > 100
+    assert fidelity(case(network=f"lenet_dlg{options}", image=1)) > 100
 
 
 def test_saturated_units_cost_accuracy() -> None:
-    assert fidelity(case("lenet_dlg:activation=tanh", image=1)) > 30  # measured: 42
+    assert fidelity(case(network="lenet_dlg:activation=tanh", image=1)) > 30  # measured: 42
 
 
 def test_rounding_of_the_leak_is_what_limits_it() -> None:
-    assert fidelity(replace(case("lenet_dlg", image=6), dtype="float32")) > 60
+    assert fidelity(case(network="lenet_dlg", image=6, dtype="float32")) > 60
 
 
 @pytest.mark.parametrize("image", [1, 2, 5])
 def test_relus_dead_units_are_zeros_of_the_next_layer(image: int) -> None:
-    assert fidelity(replace(case("lenet_dlg:activation=relu", image=image), dtype="float32")) > 20
+    assert fidelity(case(network="lenet_dlg:activation=relu", image=image, dtype="float32")) > 20
 
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet18", "densenet121"])
 def test_what_is_too_large_to_solve_is_left_alone(name: str) -> None:
-    one = replace(case(name), resolution=32 if name == "lenet5" else 64)
+    one = case(network=name, resolution=32 if name == "lenet5" else 64)
     network = network_of(one)
-    assert not list(peel(network, leak_of(one, network, secret_of(one, PHOTOS)), one.shape))
+    assert not list(peel(network, leaked(one), one.shape))
 
 
 def test_several_images_are_left_alone() -> None:
-    one = replace(case("lenet_dlg"), batch=2)
+    one = case(network="lenet_dlg", batch=2)
     network = network_of(one)
-    assert not list(peel(network, leak_of(one, network, secret_of(one, PHOTOS)), one.shape))
+    assert not list(peel(network, leaked(one), one.shape))
 
 
 def test_two_heads_are_no_chain() -> None:
-    one = replace(case("inception_v3"), batch=2, resolution=299)
+    one = case(network="inception_v3", batch=2, resolution=299)
     assert chain(network_of(one), one.shape)[1] == []
 
 
 @pytest.mark.parametrize("factor", [0, torch.nan, torch.inf])
 def test_a_gradient_that_tells_nothing_is_solved_for_nothing(factor: float) -> None:
-    one = case("lenet_dlg")
+    one = case(network="lenet_dlg")
     network = network_of(one)
-    leak = leak_of(one, network, secret_of(one, PHOTOS))
+    leak = leaked(one)
     silent = {name: gradient * factor for name, gradient in leak.gradients.items()}
     assert not list(peel(network, leak._replace(gradients=silent), one.shape))
 
 
 def test_pooled_layers_are_solved_together() -> None:
     """Three linear layers one by one; the convolutions below, with their pooling, by Gauss-Newton."""
-    one = replace(case("lenet5", image=2), channels=1, classes=10)
+    one = case(network="lenet5", image=2, channels=1, classes=10)
     trunk, layers = chain(network_of(one), one.shape)
     assert trunk is not None
     assert [layer.name for layer in layers] == ["body.7", "body.9", "body.11"]
@@ -86,14 +75,14 @@ def test_pooled_layers_are_solved_together() -> None:
 
 
 def test_large_images_are_not_written_out() -> None:
-    one = replace(case("lenet_dlg"), resolution=64)
+    one = case(network="lenet_dlg", resolution=64)
     trunk, layers = chain(network_of(one), one.shape)
     assert trunk is not None
     assert [tuple(layer.inputs) for layer in layers] == [(12, 16, 16), (3072,)]
 
 
 def test_a_chain_is_told_with_its_shapes_and_activations() -> None:
-    trunk, layers = chain(network_of(case("lenet_dlg")), (1, 3, 32, 32))
+    trunk, layers = chain(network_of(case(network="lenet_dlg")), (1, 3, 32, 32))
     assert trunk is None
     assert [layer.name for layer in layers] == ["body.0", "body.2", "body.4", "body.7"]
     assert [tuple(layer.inputs) for layer in layers] == [(3, 32, 32), (12, 16, 16), (12, 8, 8), (768,)]

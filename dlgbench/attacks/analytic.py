@@ -11,7 +11,13 @@ from dlgbench.peeling import peel
 from dlgbench.registry import ATTACKS
 
 
-@ATTACKS.register("analytic", labels="recovered first, by counts", priors="none", steps=1, revision=2)
+@ATTACKS.register(
+    "analytic",
+    labels="recovered first, by counts",
+    priors="smooth and pale where equations are missing",
+    steps=1,
+    revision=2,
+)
 class Analytic(LabelsFirst):
     """Labels by counts, one image layer by layer in closed form (Zhu and Blaschko 2021, "R-GAP").
 

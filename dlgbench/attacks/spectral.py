@@ -32,7 +32,7 @@ CLIPPED = 0.01
 @ATTACKS.register(
     "spectral",
     labels="recovered first, by counts",
-    priors="smoothness of the start, range of pixels",
+    priors="smooth and pale where the gradient leaves it open, range of pixels",
     revision=2,
     positive=("learning_rate", "history", "iterations"),
 )
@@ -52,7 +52,7 @@ class Spectral(LabelsFirst):
         iterations: int = 20,
     ) -> None:
         super().__init__(network, task)
-        self.spectrum = Spectrum(task.height, task.width, network.mean)
+        self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
         shape = (len(task.generators), 1, 1, 1, 1)
         self.gain = torch.full(shape, CONTRAST).to(network.mean)
         self.grey = torch.full(shape, 0.5).to(network.mean)

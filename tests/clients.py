@@ -1,0 +1,36 @@
+"""What the tests of attacks share: clients with photos, what they leak, and attacks that have run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dlgbench import trial
+from dlgbench.attacks.base import Attack
+from dlgbench.case import Case
+from dlgbench.leak import Leak
+from dlgbench.registry import DATASETS, ROOMS
+from dlgbench.victims import leak_of, network_of, secret_of
+
+PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
+USUAL: dict[str, Any] = {
+    "network": "lenet_dlg", "dataset": "photos", "attack": "dlg", "defense": "none", "batch": 1,
+    "resolution": 32, "preparation": "fit", "channels": 3, "classes": 100, "steps": 2, "dtype": "float64",
+    "image": 1, "seed": 0,
+}  # fmt: skip
+
+
+def case(**changes: Any) -> Case:
+    """The usual case but for ``changes``; networks, attacks and so on by their names."""
+    values = USUAL | changes
+    values |= {kind: room.spec(values[kind]) for kind, room in ROOMS.items()}
+    return Case(**values)
+
+
+def leaked(one: Case) -> Leak:
+    return leak_of(one, network_of(one), secret_of(one, PHOTOS))
+
+
+def fitted(one: Case, leak: Leak) -> Attack:
+    attack = trial.attack_on([one], network_of(one))
+    trial.trainer_on("cpu", []).fit(attack, trial.Frozen(leak, one.steps))
+    return attack
