@@ -59,14 +59,18 @@ class Store:
         return records.load_all(self.records, [case.id for case in cases])
 
     def stale(self, manifest: Manifest) -> bool:
-        """Whether the plan's tables are not those of its records."""
-        path, text = self._tables(manifest, ["json"])[0]
-        return not path.exists() or path.read_text(encoding="utf-8") != text
+        """Whether the plan's tables are not those of its records, or its plots are not there."""
+        tables = self._tables(manifest, render.FORMATS)
+        fresh = all(path.exists() and path.read_bytes() == text.encode() for path, text in tables)
+        return not fresh or not self._plots(manifest).is_dir()
 
     def tabulate(self, manifest: Manifest) -> None:
         """Write the plan's table in every format."""
         for path, text in self._tables(manifest, render.FORMATS):
             records.write(path, text.encode())
+
+    def _plots(self, manifest: Manifest) -> Path:
+        return self.root / "plots" / manifest.name
 
     def _tables(self, manifest: Manifest, forms: Iterable[str]) -> list[tuple[Path, str]]:
         rows = leaderboard.table(manifest, self.load(manifest.cases)[0])
@@ -79,4 +83,4 @@ class Store:
 
         found, _ = self.load(manifest.cases)
         ordered = [found[i] for i in manifest.ids if i in found]
-        return plots.draw(ordered, self.pictures, self.root / "plots" / manifest.name)
+        return plots.draw(ordered, self.pictures, self._plots(manifest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,15 @@ def test_whatever_a_kill_left_undone_is_done_by_the_next_run(victim: str, tmp_pa
     assert cli.main(arguments) == exits.OK
     assert files <= {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
     assert contents(tmp_path / "records") == before
+
+
+def test_plots_and_tables_that_someone_deleted_are_made_again(finished: Path) -> None:
+    before = {path.relative_to(finished) for path in finished.rglob("*.*")}
+    shutil.rmtree(finished / "plots")
+    for table in (finished / "tables").glob("*.md"):
+        table.unlink()
+    assert cli.main([*LENET, "--out", str(finished)]) == exits.OK
+    assert before <= {path.relative_to(finished) for path in finished.rglob("*.*")}
 
 
 def test_running_out_of_time_is_code_3_and_leaves_no_record(tmp_path: Path) -> None:
