@@ -61,8 +61,8 @@ class Case:
     @property
     def id(self) -> str:
         """The content hash that names the record: 16 hexadecimal digits."""
-        facts = ATTACKS.entry(self.attack.name).facts
-        revision = [facts["revision"]] if "revision" in facts else []
+        attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
+        revision = [attack.facts["revision"]] if attack and "revision" in attack.facts else []
         content = json.dumps([PROTOCOL, self.plain(), *revision], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlgbench.leak import Leak, forward
+from dlgbench.leak import Leak, inputs
 from dlgbench.prepare import Network
 
 CERTAIN = 1e4
@@ -48,7 +48,7 @@ def counts(network: Network, leak: Leak, grey: Tensor) -> Tensor:
     weight, bias = leak.weights[f"{network.head}.weight"], leak.weights.get(f"{network.head}.bias")
     rows = leak.gradients[f"{network.head}.weight"] / network.heads[0]
     if bias is None:
-        feature = _features(network, leak, grey).mean(0)
+        feature = inputs(network, leak.weights, leak.buffers, grey, [network.head])[network.head].mean(0)
         slopes, bias = rows.sum(1) / feature.sum(), torch.zeros_like(rows[:, 0])
     else:
         slopes = leak.gradients[f"{network.head}.bias"] / network.heads[0]
@@ -56,14 +56,3 @@ def counts(network: Network, leak: Leak, grey: Tensor) -> Tensor:
         feature = rows[absent].sum(0) / slopes[absent].sum()
     predicted = (feature @ weight.T + bias).softmax(0) if len(grey) > 1 else torch.zeros_like(slopes)
     return (len(grey) * (predicted - slopes)).nan_to_num()
-
-
-def _features(network: Network, leak: Leak, images: Tensor) -> Tensor:
-    """The input of the head, ``(image, feature)``."""
-    seen: list[Tensor] = []
-    hook = network.get_submodule(network.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        forward(network, leak.weights, leak.buffers, images)
-    finally:
-        hook.remove()
-    return seen[0]

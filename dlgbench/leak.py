@@ -80,15 +80,23 @@ def statistics(network: Network, weights: Tensors, buffers: Tensors, images: Ten
     Differentiable in ``images``; empty where the network has no such layer.
     """
     found: Tensors = {}
-
-    def note(name: str, features: Tensor) -> None:
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, SharedBatchNorm2d)]
+    for name, features in inputs(network, weights, buffers, images, layers).items():
         variance, mean = torch.var_mean(features, dim=DIMENSIONS, correction=0)
-        found.update({f"{name}.batch_mean": mean, f"{name}.batch_var": variance})
+        found |= {f"{name}.batch_mean": mean, f"{name}.batch_var": variance}
+    return found
 
+
+def inputs(
+    network: Network, weights: Tensors, buffers: Tensors, images: Tensor, layers: Sequence[str]
+) -> Tensors:
+    """What enters these layers, by their names: nothing is evaluated where there are none."""
+    found: Tensors = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, layer in network.named_modules()
-        if isinstance(layer, SharedBatchNorm2d)
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: found.update({name: arguments[0]})
+        )
+        for name in layers
     ]
     try:
         if hooks:

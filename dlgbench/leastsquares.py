@@ -18,7 +18,8 @@ def solve(matrix: Tensor, wanted: Tensor) -> Tensor:
 
     NaN where there is none, as for equations of zeros.
     """
-    return _solve(*_scaled(matrix, wanted))
+    matrix, wanted = _scaled(matrix, wanted)
+    return _solve(matrix, matrix.T @ matrix, wanted)
 
 
 def solve_nonnegative(matrix: Tensor, wanted: Tensor) -> Tensor:
@@ -29,23 +30,20 @@ def solve_nonnegative(matrix: Tensor, wanted: Tensor) -> Tensor:
     and entries that violate the conditions of optimality change sides until there are none.
     """
     matrix, wanted = _scaled(matrix, wanted)
-    free = torch.ones_like(matrix[0], dtype=torch.bool)
+    gram, zeros = matrix.T @ matrix, torch.zeros_like(matrix[0])
+    least = TOLERANCE * (matrix.T @ wanted).abs().max()
+    free = torch.ones_like(zeros, dtype=torch.bool)
     fewest, patience = len(free) + 1, PATIENCE
-    found = torch.zeros_like(matrix[0])
     for _ in range(PIVOTS):
-        found = torch.zeros_like(found).masked_scatter(free, _solve(matrix[:, free], wanted))
+        found = zeros.masked_scatter(free, _solve(matrix[:, free], gram[free][:, free], wanted))
         pull = matrix.T @ (wanted - matrix @ found)
-        wrong = torch.where(free, _negative(found), _negative(-pull, (matrix.T @ wanted).abs().max()))
+        wrong = torch.where(free, found < -TOLERANCE * found.abs().max(), pull > least)
         count = int(wrong.sum())
         if count == 0:
             break
         fewest, patience = (count, PATIENCE) if count < fewest else (fewest, patience - 1)
         free ^= wrong if patience >= 0 else _last(wrong)
     return found.clamp_min(0)
-
-
-def _negative(values: Tensor, unit: Tensor | None = None) -> Tensor:
-    return values < -TOLERANCE * (values.abs().max() if unit is None else unit)
 
 
 def _last(chosen: Tensor) -> Tensor:
@@ -59,10 +57,9 @@ def _scaled(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return matrix / sizes[:, None], wanted / sizes
 
 
-def _solve(matrix: Tensor, wanted: Tensor) -> Tensor:
-    gram = matrix.T @ matrix
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    factor, fault = torch.linalg.cholesky_ex(gram)
+def _solve(matrix: Tensor, gram: Tensor, wanted: Tensor) -> Tensor:
+    damped = gram + torch.diag_embed(DAMPING * gram.diagonal().mean().expand(len(gram)))
+    factor, fault = torch.linalg.cholesky_ex(damped)
     found = matrix.new_full(matrix.shape[1:], torch.nan if fault else 0)
     for _ in range(1 + REFINEMENTS):
         rest = matrix.T @ (wanted - matrix @ found)

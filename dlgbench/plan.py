@@ -127,6 +127,7 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     grids = content.get("grid", {})
     grids = grids if isinstance(grids, list) else [grids]
     shared = {profile: content.get(profile, {}) for profile in PROFILES}
+    _check_profiles(shared)
     return Plan(name, str(content.get("title", name)), [_grid(grid, shared) for grid in grids])
 
 
@@ -136,10 +137,9 @@ def _grid(content: Any, shared: Mapping[str, Any]) -> Grid:
         raise UsageError("expected a table [grid] with at least network = [...]")
     axes = {key: value for key, value in content.items() if key not in PROFILES}
     _check_axes(axes)
-    profiles = {profile: content.get(profile, shared[profile]) for profile in PROFILES}
-    for profile, sizes in profiles.items():
-        _check_sizes(profile, sizes)
-    return Grid(axes, profiles)
+    own = {key: value for key, value in content.items() if key in PROFILES}
+    _check_profiles(own)
+    return Grid(axes, {**shared, **own})
 
 
 def _check_axes(axes: Mapping[str, Any]) -> None:
@@ -159,6 +159,11 @@ def _check_keys(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -
     for key in table:
         if key not in known:
             raise unknown(kind, key, known)
+
+
+def _check_profiles(profiles: Mapping[str, Any]) -> None:
+    for profile, sizes in profiles.items():
+        _check_sizes(profile, sizes)
 
 
 def _check_sizes(profile: str, sizes: Any) -> None:

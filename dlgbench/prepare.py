@@ -70,8 +70,17 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits ``(image, class)`` of every head, for images ``(image, channel, height, width)``."""
-        logits = self.body((images - self.mean) / self.std)
+        logits = self.body(self.normalise(images))
         return tuple(logits) if isinstance(logits, tuple) else (logits,)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] as the body takes them."""
+        return (images - self.mean) / self.std
+
+    @property
+    def box(self) -> tuple[Tensor, Tensor]:
+        """Black and white as the body takes them, ``(channel, 1, 1)`` each."""
+        return self.normalise(torch.zeros_like(self.mean)), self.normalise(torch.ones_like(self.mean))
 
     def loss(self, logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Mean cross entropy against label probabilities ``(image, class)``, summed over the heads."""

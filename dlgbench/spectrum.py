@@ -36,9 +36,9 @@ class Spectrum:
         """
         channels, height, width = shape
         self.rows, self.columns = (_cosines(n).to(like) for n in (height, width))
-        axes = torch.tensor(AXES if channels == 3 else torch.eye(channels).tolist()).to(like)
+        axes = (torch.tensor(AXES) if channels == 3 else torch.eye(channels)).to(like)
         self.axes = axes / axes.norm(dim=1, keepdim=True)
-        sizes = torch.tensor(COLOURS if channels == 3 else (1.0,) * channels)
+        sizes = torch.tensor(COLOURS) if channels == 3 else torch.ones(channels)
         sizes = sizes / sizes.square().mean().sqrt()
         frequency = torch.hypot(torch.arange(height)[:, None] / 2, torch.arange(width) / 2)
         self.amplitude = (sizes[:, None, None] * frequency.clamp_min(1).pow(-FALL)).to(like)

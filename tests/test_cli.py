@@ -268,6 +268,7 @@ def test_bad_requests_end_with_code_2_before_anything_is_written(
     ("[grid]\nnetwork = ['lenet6']", "did you mean 'lenet5'?"),
     ("[[grid]]\nnetwork = ['lenet5']\n[[grid]]\nbatch = [2]", "network = [...]"),
     ("[[grid]]\nnetwork = ['lenet5']\nquick = { step = 1 }", "did you mean 'steps'?"),
+    ("[[grid]]\nnetwork = ['lenet5']\nquick = {}\n[quick]\nstep = 1", "did you mean 'steps'?"),
     ("[grid]\nnetwork = ['lenet5']\n[quik]\n", "did you mean 'quick'?"),
     ("[grid]\nnetwork = ['lenet5']\n[quick]\nsteps = 0\n", "quick.steps: expected a whole number >= 1"),
 ])  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dlgbench import trial
 from dlgbench.attacks.base import Attack
 from dlgbench.attacks.gradinversion import GradInversion
+from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
 from dlgbench.case import Case, stream
 from dlgbench.leak import Leak, statistics
 from dlgbench.networks import build
@@ -74,16 +75,22 @@ def test_sharing_statistics_leaves_the_gradient_as_it_is() -> None:
         torch.testing.assert_close(leak.gradients[name], gradient)
 
 
-def test_the_objective_is_zero_but_for_its_priors_at_the_truth() -> None:
-    attack, leak = attack_and_leak(
-        replace(CASE, attack=ATTACKS.spec("gradinversion:total_variation=0.0,norm=0.0"))
-    )
+@pytest.mark.parametrize("attack", ["gradinversion:total_variation=0.0,norm=0.0", "spectral"])
+def test_the_objective_is_zero_but_for_its_priors_at_the_truth(attack: str) -> None:
+    attacker, leak = attack_and_leak(replace(CASE, attack=ATTACKS.spec(attack)))
     truth = secret_of(CASE, PHOTOS)
     labels = 1e4 * (F.one_hot(truth.labels[0], 10).double() - 1)
-    there = attack.distance(truth.images[0], labels, leak.row(0))
+    there = attacker.distance(truth.images[0], labels, leak.row(0))
     assert float(there) == pytest.approx(0, abs=1e-12)
-    darker = attack.distance(0.9 * truth.images[0], labels, leak.row(0))
+    darker = attacker.distance(0.9 * truth.images[0], labels, leak.row(0))
     assert float(darker) > 1e-3
+
+
+def test_what_statistics_tell_is_not_stretched() -> None:
+    one = replace(CASE, attack=ATTACKS.spec("spectral:iterations=1"), steps=STRETCH_AFTER)
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert set(attack.gain.flatten().tolist()) == {CONTRAST}
 
 
 def test_the_loop_is_adam_with_noise_within_the_box() -> None:

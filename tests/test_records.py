@@ -367,6 +367,17 @@ def test_the_identity_is_a_known_answer() -> None:
     assert CASE.id == hashlib.sha256(f"[3, {IDENTITY}]".encode()).hexdigest()[:16] == "16fb75a18f7b9bb8"
 
 
+def test_an_attacks_revision_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    revised = replace(ATTACKS.entry("dlg"), facts={**ATTACKS.entry("dlg").facts, "revision": 2})
+    monkeypatch.setitem(ATTACKS.entries, "dlg", revised)
+    assert CASE.id == hashlib.sha256(f"[3, {IDENTITY}, 2]".encode()).hexdigest()[:16]
+
+
+def test_records_of_attacks_that_this_version_does_not_know_can_be_read(tmp_path: Path) -> None:
+    stranger = replace(RECORD, case=replace(CASE, attack=Spec("of_the_future", (("depth", 3),))))
+    assert load(save(stranger, tmp_path)) == stranger
+
+
 def test_every_field_is_part_of_the_identity() -> None:
     assert set(OTHER) == {field.name for field in fields(Case)}
     variants = [CASE, *(replace(CASE, **{name: value}) for name, value in OTHER.items())]

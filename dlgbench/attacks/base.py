@@ -215,5 +215,10 @@ class LabelsFirst(Attack):
             found.copy_(logits(recover(self.network, seen, grey), found.shape[-1]))
 
 
+def total_variation(images: Tensor) -> Tensor:
+    """The mean absolute difference of neighbours, beside and above each other, a scalar."""
+    return images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()
+
+
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (tensor.dim() - 1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlgbench.adam import BoxedAdam
-from dlgbench.attacks.base import LabelsFirst, Task
+from dlgbench.attacks.base import LabelsFirst, Task, total_variation
 from dlgbench.leak import Leak
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
@@ -46,27 +46,21 @@ class InvertingGradients(LabelsFirst):
         self.iterations = iterations
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
-        """``1 - <g, g*> / (|g| |g*|) + weight * TV``, TV the mean absolute difference of neighbours."""
+        """``1 - <g, g*> / (|g| |g*|) + weight * TV``."""
         ours = self.gradients(images, labels.softmax(-1), leak)
         product, our_norm, their_norm = (
             torch.stack([(a[name] * b[name]).sum() for name in ours]).sum()
             for a, b in ((ours, leak.gradients), (ours, ours), (leak.gradients, leak.gradients))
         )
-        normalised = (images - self.network.mean) / self.network.std
-        variation = sum(normalised.diff(dim=dim).abs().mean() for dim in (-1, -2))
+        variation = total_variation(self.network.normalise(images))
         return 1 - product / (our_norm * their_norm).sqrt() + self.total_variation * variation
 
     def configure_optimizers(self) -> Any:
-        optimizer = SignedAdam(self.dummy_images, self.box, self.learning_rate, self.iterations)
+        optimizer = SignedAdam(self.dummy_images, self.network.box, self.learning_rate, self.iterations)
         steps = self.trainer.estimated_stepping_batches
         falls = [round(steps * share) for share in MILESTONES]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @property
-    def box(self) -> tuple[Tensor, Tensor]:
-        """Black and white, in the network's normalised input."""
-        return -self.network.mean / self.network.std, (1 - self.network.mean) / self.network.std
 
 
 class SignedAdam(BoxedAdam):

@@ -94,12 +94,13 @@ class Spectral(LabelsFirst):
         seen = statistics(self.network, leak.weights, leak.buffers, images)
         pairs = [(ours[name], g) for name, g in leak.gradients.items() if g.dim() > 1]
         pairs += [(seen[name], leak.buffers[name]) for name in seen]
-        return torch.stack([_relative(a, b) for a, b in pairs]).mean()
+        return torch.stack([_relative_square(a, b) for a, b in pairs]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([self.dummy_images])
 
     def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
+        # statistics that are shared would tell the scale
         if batch_idx + 1 == STRETCH_AFTER and any(type(m) is BatchNorm2d for m in self.network.modules()):
             self.stretch()
 
@@ -118,6 +119,6 @@ class Spectral(LabelsFirst):
         self.best_objective[found.flatten()] = torch.inf
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
     size = theirs.square().sum()
     return torch.where(size > 0, (ours - theirs).square().sum() / size, 0)
