@@ -1,13 +1,14 @@
-"""The line search of ``torch.optim.LBFGS`` for one problem, as a generator that asks for evaluations.
+"""Line searches for one problem, as generators that ask for evaluations.
 
-A bracketing phase, then a zoom by safeguarded cubic interpolation: Nocedal and Wright, "Numerical
-Optimization", second edition, algorithms 3.5 and 3.6, with the constants and safeguards of torch.
+`strong_wolfe` is that of ``torch.optim.LBFGS``: a bracketing phase, then a zoom by safeguarded cubic
+interpolation; Nocedal and Wright, "Numerical Optimization", second edition, algorithms 3.5 and 3.6, with
+the constants and safeguards of torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,14 +31,13 @@ class Point(NamedTuple):
 
 Search = Generator[float, Point, Point]
 """Yields step lengths, is sent the `Point` at each, and returns the one to go to."""
+LineSearch = Callable[[Point, float, float, int], Search]
+"""Begins a `Search`, given the point at step 0, the first step to try, the length of a bracket or step at
+which to give up, and how many evaluations there may be beyond the first."""
 
 
 def strong_wolfe(origin: Point, step: float, shortest: float, evaluations: int) -> Search:
-    """A point that satisfies both strong Wolfe conditions, or the lowest found.
-
-    ``origin`` is the point at step 0 and ``step`` the first step to try.  The search gives up at a
-    bracket shorter than ``shortest`` or after ``evaluations`` beyond the first.
-    """
+    """A point that satisfies both strong Wolfe conditions, or the lowest found."""
     previous, here, left = origin, (yield step), evaluations
     while left > 0:
         if _too_high(origin, here) or (left < evaluations - 1 and here.objective >= previous.objective):
@@ -52,6 +52,19 @@ def strong_wolfe(origin: Point, step: float, shortest: float, evaluations: int) 
     else:
         previous = origin
     return (yield from _zoom(origin, [previous, here], shortest, left))
+
+
+def backtracking(origin: Point, step: float, shortest: float, evaluations: int) -> Search:
+    """The first of ``step``, its tenth, the tenth of that, … that does not climb; else the origin.
+
+    It costs nothing where the first step descends, as nearly all of L-BFGS do.
+    """
+    for _ in range(evaluations + 1):
+        here = yield step
+        if here.objective <= origin.objective:
+            return here
+        step /= 10
+    return origin
 
 
 def _zoom(origin: Point, bracket: list[Point], shortest: float, left: int) -> Search:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlgbench.errors import UsageError
-from dlgbench.linesearch import Point, Search, strong_wolfe
+from dlgbench.linesearch import LineSearch, Point, Search
 
 
 class _Values(NamedTuple):
@@ -30,7 +30,7 @@ class LBFGS(torch.optim.Optimizer):
     ``active``, ``(row,)`` booleans on the CPU, says which rows to optimise; while a step runs it is
     narrowed to the rows whose objective and gradient the next closure must give, and afterwards it
     is as before.  A pair (s, y) is remembered where s.y is above ``tolerance_curvature``, which torch
-    holds at 1e-10: small objectives want 0.  ``line_search`` is torch's ``strong_wolfe``; the other
+    holds at 1e-10: small objectives want 0.  ``line_search`` is one of dlgbench.linesearch; the other
     options are torch's.  A row whose objective is no longer finite stops where that happened.
 
     With n numbers in a row and m = ``history_size``, a row needs 2mn + O(m^2) numbers of memory, and
@@ -48,7 +48,7 @@ class LBFGS(torch.optim.Optimizer):
         tolerance_change: float = 1e-9,
         tolerance_curvature: float = 1e-10,
         history_size: int = 100,
-        line_search: bool = False,
+        line_search: LineSearch | None = None,
         active: Tensor | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr})
@@ -94,8 +94,9 @@ class LBFGS(torch.optim.Optimizer):
             self.active &= ~(slope > -self.tolerance_change)
             if not self.active.any():
                 break
-            if self.line_search:
-                there = self._search(here, slope, evaluations, evaluate)
+            if self.line_search is not None:
+                searches = self._searches(self.line_search, here, slope, evaluations)
+                there = self._search(searches, here, evaluations, evaluate)
             elif iteration < self.max_iter:
                 self._move(self._length)
                 there = evaluate()
@@ -146,12 +147,15 @@ class LBFGS(torch.optim.Optimizer):
             parameter += part.view_as(parameter)
 
     def _search(
-        self, here: _Values, slope: Tensor, evaluations: Tensor, evaluate: Callable[[], _Values]
+        self,
+        searches: dict[int, Search],
+        here: _Values,
+        evaluations: Tensor,
+        evaluate: Callable[[], _Values],
     ) -> _Values:
         """Search along every active row's line, all rows at once, and move to the points found."""
         moving, start = self.active.clone(), [parameter.clone() for parameter in self._params]
         objective, gradient = here.objective.clone(), here.gradient.clone()
-        searches = self._searches(here, slope, evaluations)
         trial = self._length.clone()
         for row, search in searches.items():
             trial[row] = next(search)
@@ -174,10 +178,12 @@ class LBFGS(torch.optim.Optimizer):
         self._move(self._length)
         return _Values(objective, gradient)
 
-    def _searches(self, here: _Values, slope: Tensor, evaluations: Tensor) -> dict[int, Search]:
+    def _searches(
+        self, search: LineSearch, here: _Values, slope: Tensor, evaluations: Tensor
+    ) -> dict[int, Search]:
         shortest = self.tolerance_change / _largest(self._direction).double()
         return {
-            row: strong_wolfe(
+            row: search(
                 Point(0.0, float(here.objective[row]), float(slope[row]), here.gradient[row]),
                 float(self._length[row]),
                 float(shortest[row]),

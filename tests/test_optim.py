@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlgbench.errors import UsageError
-from dlgbench.linesearch import Point, cubic_minimum
+from dlgbench.linesearch import LineSearch, Point, backtracking, cubic_minimum, strong_wolfe
 from dlgbench.optim import LBFGS
 
 N = 12
@@ -37,7 +37,7 @@ def starts(rows: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 def torch_alone(f: Objective, x: Tensor, steps: int, **options: object) -> tuple[list[Tensor], list[int]]:
     """The iterates after each step of torch's own optimiser, and how often it asked in each."""
     parameter = x.clone().requires_grad_()
-    search = "strong_wolfe" if options.pop("line_search", False) else None
+    search = "strong_wolfe" if options.pop("line_search", None) else None
     optimizer = torch.optim.LBFGS([parameter], line_search_fn=search, **options)  # type: ignore[arg-type]
     iterates, counts, count = [], [], 0
 
@@ -84,11 +84,11 @@ def rowwise(f: Objective, x: Tensor, steps: int, **options: object) -> tuple[lis
     return iterates, counts
 
 
-@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("line_search", [None, strong_wolfe])
 @pytest.mark.parametrize("f", [rosenbrock, quartic, wavy])
 @pytest.mark.parametrize("history_size", [3, 100])
 def test_every_row_equals_torch_alone_in_double_precision(
-    f: Objective, line_search: bool, history_size: int
+    f: Objective, line_search: LineSearch | None, history_size: int
 ) -> None:
     options = {"line_search": line_search, "history_size": history_size, "lr": 1.0 if line_search else 0.01}
     x = starts(5, torch.float64)
@@ -100,8 +100,8 @@ def test_every_row_equals_torch_alone_in_double_precision(
             torch.testing.assert_close(mine[row], reference, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("line_search", [False, True])
-def test_every_row_equals_torch_alone_in_single_precision(line_search: bool) -> None:
+@pytest.mark.parametrize("line_search", [None, strong_wolfe])
+def test_every_row_equals_torch_alone_in_single_precision(line_search: LineSearch | None) -> None:
     options = {"line_search": line_search, "history_size": 10, "max_iter": 8}
     x = starts(4, torch.float32, 0.3)
     ours, counts = rowwise(quartic, x, 2, **options)
@@ -122,8 +122,8 @@ def test_every_row_equals_torch_alone_in_single_precision(line_search: bool) -> 
         {"lr": 0.5},
     ],
 )
-@pytest.mark.parametrize("line_search", [False, True])
-def test_rows_stop_where_torch_stops(options: dict[str, object], line_search: bool) -> None:
+@pytest.mark.parametrize("line_search", [None, strong_wolfe])
+def test_rows_stop_where_torch_stops(options: dict[str, object], line_search: LineSearch | None) -> None:
     x = starts(4, torch.float64, 0.3)  # from further off rows run away to 1e129, where rounding decides
     ours, counts = rowwise(wavy, x, 3, line_search=line_search, **options)
     for row in range(4):
@@ -132,8 +132,8 @@ def test_rows_stop_where_torch_stops(options: dict[str, object], line_search: bo
         torch.testing.assert_close(ours[-1][row], theirs[-1], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("line_search", [False, True])
-def test_a_row_of_nan_changes_no_other(line_search: bool) -> None:
+@pytest.mark.parametrize("line_search", [None, strong_wolfe])
+def test_a_row_of_nan_changes_no_other(line_search: LineSearch | None) -> None:
     x = starts(4, torch.float64)
     clean, _ = rowwise(wavy, x, 3, line_search=line_search)
     x[1] = torch.nan
@@ -173,6 +173,43 @@ def test_rows_left_out_stay_where_they_are() -> None:
 def test_rows_that_do_not_match_are_refused() -> None:
     with pytest.raises(UsageError, match="equally many rows"):
         LBFGS([nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3, 3))])
+
+
+def test_backtracking_costs_nothing_where_every_step_descends() -> None:
+    x = starts(3, torch.float64, 0.3)
+    ours, counts = rowwise(quartic, x, 2, line_search=backtracking, lr=0.1)
+    for row in range(3):
+        _, asked = torch_alone(
+            quartic, x[row], 2, lr=0.1, max_iter=21
+        )  # all of our last points are evaluated
+        assert [int(count[row]) for count in counts] == asked
+    plain, _ = rowwise(quartic, x, 1, lr=0.1)
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wall", [torch.inf, torch.nan, 1e9])
+def test_backtracking_never_climbs(wall: float) -> None:
+    def walled(x: Tensor) -> Tensor:
+        return torch.where((x.abs() > 3).any(-1), wall, 1.0) * quartic(x)
+
+    x = starts(6, torch.float64).clamp(-3, 3)
+    options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, "lr": 10.0}  # ten times too far
+    ours, _ = rowwise(walled, x, 12, line_search=backtracking, **options)
+    lost, _ = rowwise(walled, x, 12, **options)
+    values = torch.stack([walled(iterate) for iterate in [x, *ours]])
+    assert (values[1:] <= values[:-1]).all()
+    assert (values[-1] < 1e-3 * values[0]).all()
+    assert not (walled(lost[-1]) < values[-1]).any()
+
+
+def test_backtracking_gives_up_where_it_is() -> None:
+    search = backtracking(Point(0.0, 1.0, -1.0, torch.zeros(0)), 1.0, 0.0, 2)
+    assert next(search) == 1.0
+    assert search.send(Point(1.0, 2.0, 0.0, torch.zeros(0))) == pytest.approx(0.1)
+    assert search.send(Point(0.1, 2.0, 0.0, torch.zeros(0))) == pytest.approx(0.01)
+    with pytest.raises(StopIteration) as end:
+        search.send(Point(0.01, 2.0, 0.0, torch.zeros(0)))
+    assert end.value.value.step == 0.0
 
 
 def test_the_cubic_minimum_is_that_of_the_cubic() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
-from dlgbench.leak import Leak, statistics
+from dlgbench.leak import Leak, gradients, statistics
+from dlgbench.linesearch import backtracking
 from dlgbench.optim import LBFGS
 from dlgbench.peeling import peel
-from dlgbench.prepare import Network
+from dlgbench.prepare import Network, softened
 from dlgbench.registry import ATTACKS
 from dlgbench.spectrum import Spectrum
 
@@ -33,12 +34,14 @@ CLIPPED = 0.01
     "spectral",
     labels="recovered first, by counts",
     priors="smooth and pale where the gradient leaves it open, range of pixels",
-    revision=2,
+    revision=3,
     positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, low frequencies first.
 
+    The objective never climbs: a step that would is shortened.  ReLU, whose kinks have no second derivative
+    to follow, is matched through a softened copy of the network.
     Where batch norm hides the images' brightness and contrast, they take up the range of pixels.
     """
 
@@ -52,13 +55,14 @@ class Spectral(LabelsFirst):
         iterations: int = 20,
     ) -> None:
         super().__init__(network, task)
+        self.soft = softened(network)
         self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
         shape = (len(task.generators), 1, 1, 1, 1)
         self.gain = torch.full(shape, CONTRAST).to(network.mean)
         self.grey = torch.full(shape, 0.5).to(network.mean)
         self.optimizer = partial(
             LBFGS, active=self.active,
-            lr=learning_rate, history_size=history, max_iter=iterations,
+            lr=learning_rate, history_size=history, max_iter=iterations, line_search=backtracking,
             tolerance_grad=0.0, tolerance_change=0.0, tolerance_curvature=0.0,
         )  # fmt: skip
 
@@ -90,8 +94,8 @@ class Spectral(LabelsFirst):
         Biases and batch norm's parameters hold few numbers, sums over all positions, and would weigh
         as much as whole layers.  A batch's statistics count as weights do, where the client shares them.
         """
-        ours = self.gradients(images, labels.softmax(-1), leak)
-        seen = statistics(self.network, leak.weights, leak.buffers, images)
+        ours = gradients(self.soft, leak.weights, leak.buffers, images, labels.softmax(-1))
+        seen = statistics(self.soft, leak.weights, leak.buffers, images)
         pairs = [(ours[name], g) for name, g in leak.gradients.items() if g.dim() > 1]
         pairs += [(seen[name], leak.buffers[name]) for name in seen]
         return torch.stack([_relative_square(a, b) for a, b in pairs]).mean()
