@@ -101,6 +101,30 @@ class Guard(pl.Callback):
         trainer.should_stop = not bool(attack.active.any())
 
 
+class Screen(pl.Callback):
+    """After step ``after``, of every case's ``starts`` rows only that of the lowest objective goes on."""
+
+    def __init__(self, starts: int, after: int) -> None:
+        self.starts = starts
+        self.after = after
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(attack, Attack)
+        if self.starts > 1 and batch_idx + 1 == self.after:
+            kept = torch.zeros_like(attack.active)
+            kept[lowest(attack.trace[-1], self.starts)] = True
+            attack.active &= kept
+
+
+def lowest(objective: Tensor, starts: int) -> list[int]:
+    """Which row of every case's ``starts`` has the lowest objective, ``(row,)``; no number is the highest."""
+    values = objective.nan_to_num(nan=torch.inf).view(-1, starts)
+    best = values.argmin(1) + starts * torch.arange(len(values)).to(values.device)
+    return [int(row) for row in best]
+
+
 class Progress(pl.Callback):
     """Tells ``show(step, objective, psnr)`` after every step: the medians of the cases still running."""
 

@@ -18,8 +18,10 @@ Where these are the cases of one attack only, raise the ``revision`` that it is 
 """
 
 DType = Literal["float32", "float64"]
-_POSITIVE = ("batch", "resolution", "classes", "steps")
-_NATURAL = ("image", "seed")
+_POSITIVE = ("batch", "resolution", "classes", "steps", "starts")
+_NATURAL = ("image", "seed", "epochs")
+_LATER = {"epochs": 0, "starts": 1}
+"""Fields that cases once lacked, with what they then meant: no part of the identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,10 @@ class Case:
     seed: int
     data: str = ""
     """A digest of the private images as decoded, so that other images are another case."""
+    epochs: int = 0
+    """How many times the network has been trained on all other images of the dataset; 0 is untrained."""
+    starts: int = 1
+    """From how many starts the attack is run; what counts is the one whose objective ends lowest."""
 
     def __post_init__(self) -> None:
         for name, least in [(n, 1) for n in _POSITIVE] + [(n, 0) for n in _NATURAL]:
@@ -63,7 +69,8 @@ class Case:
         """The content hash that names the record: 16 hexadecimal digits."""
         attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
         revision = [attack.facts["revision"]] if attack and "revision" in attack.facts else []
-        content = json.dumps([PROTOCOL, self.plain(), *revision], sort_keys=True)
+        plain = {key: value for key, value in self.plain().items() if _LATER.get(key) != value}
+        content = json.dumps([PROTOCOL, plain, *revision], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def plain(self) -> dict[str, Any]:

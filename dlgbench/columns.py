@@ -53,7 +53,7 @@ COLUMNS = (
     Column("defense", "what the client does to its gradient", 0, lambda row: row.defense, True),
     Column("data", "the dataset of the private images", 0, lambda row: row.dataset, True),
     Column("px", "resolution of the private images", 1, lambda row: str(row.resolution)),
-    Column("B", "images per gradient", 3, lambda row: str(row.batch)),
+    Column("B", "images per gradient", 1, lambda row: str(row.batch)),
     Column("steps", "of the attack's optimiser; fewer than 300 are a taste, not the study's protocol", 1,
            lambda row: f"{row.steps}" if row.attack else "–"),
     Column("recovered", "trials whose every image is recognisable or better, 95 % Wilson interval", 0, _rate),

@@ -129,6 +129,16 @@ def samples(
     return Files(paths, [int(path.stem.rpartition("_")[2]) for path in paths], classes, channels)
 
 
+@DATASETS.register("digits")
+def digits(data_root: Path | None) -> Dataset:
+    """1797 grey 8x8 handwritten digits in 10 classes from the scikit-learn wheel."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")  # they are counts up to 16
+    return InMemory([(Image.fromarray(i), int(k)) for i, k in zip(pixels, labels, strict=True)], 10, 1)
+
+
 @DATASETS.register("cifar10")
 def cifar10(data_root: Path | None, *, split: Literal["train", "test"] = "train") -> Dataset:
     """CIFAR-10, 32x32 in 10 classes, read by torchvision from DIR/cifar-10-batches-py.

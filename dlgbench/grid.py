@@ -71,6 +71,10 @@ def why_not(case: Case, data: Data) -> str | None:
     known = data(case.dataset).classes
     if known is not None and known > case.classes:
         return f"{case.dataset} has {known} classes, more than the network's {case.classes}"
+    if case.epochs and known is None:
+        return f"{case.dataset} has no classes to train for: epochs must be 0"
+    if case.epochs and len(data(case.dataset)) <= case.batch:
+        return f"{case.dataset} has no images but the private ones to train on: epochs must be 0"
     return _refusal(case.network, case.shape, case.classes)
 
 
@@ -78,7 +82,7 @@ def most_seconds(case: Case) -> float:
     """An upper estimate on two CPU cores, from the network's time per closure at its own size."""
     facts = NETWORKS.entry(case.network.name).facts
     size = case.batch * case.resolution**2 / (facts["batch"] * facts["resolution"] ** 2)
-    return float(case.steps * LARGEST_STEP * facts["closure_seconds"] * max(size, 0.5))
+    return float(case.starts * case.steps * LARGEST_STEP * facts["closure_seconds"] * max(size, 0.5))
 
 
 def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:
@@ -132,6 +136,8 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
         preparation=preparation,
         channels=facts["channels"] or dataset.channels,
         classes=_number(row, "classes") or dataset.classes or facts["classes"],
+        epochs=_number(row, "epochs"),
+        starts=_number(row, "starts"),
         steps=min(row["steps"], ATTACKS.entry(specs["attack"].name).facts.get("steps", row["steps"])),
         **{name: row[name] for name in ("dtype", "image", "seed")},
     )

@@ -153,7 +153,7 @@ def _baseline(name: str, records: Sequence[Record]) -> Row:
 def _described(case: Case) -> dict[str, Any]:
     """What was attacked, and how."""
     return {
-        **_input(case), "name": _name(case), "attack": printable(ATTACKS.brief(case.attack)),
+        **_input(case), "name": _name(case), "attack": _attack(case),
         "defense": printable(DEFENSES.brief(case.defense)), "steps": case.steps, "dtype": case.dtype,
     }  # fmt: skip
 
@@ -161,6 +161,11 @@ def _described(case: Case) -> dict[str, Any]:
 def _input(case: Case) -> dict[str, Any]:
     dataset = printable(DATASETS.brief(case.dataset))
     return {"dataset": dataset, "batch": case.batch, "resolution": case.resolution}
+
+
+def _attack(case: Case) -> str:
+    starts = [f"starts={case.starts}"] if case.starts > 1 else []
+    return printable(" ".join([ATTACKS.brief(case.attack), *starts]))
 
 
 def _name(case: Case) -> str:
@@ -172,7 +177,8 @@ def _name(case: Case) -> str:
         for name, standard in {"preparation": "", "channels": 3, "classes": 0, **usual}.items()
         if name in ("preparation", "channels", "classes") and getattr(case, name) != standard
     ]
-    return printable(" ".join([NETWORKS.brief(case.network), *told]))
+    trained = [f"epochs={case.epochs}"] if case.epochs else []
+    return printable(" ".join([NETWORKS.brief(case.network), *told, *trained]))
 
 
 def _rank(row: Row) -> Key:

@@ -48,7 +48,8 @@ def case(
 def prepared(cases: Sequence[Case]) -> tuple[Attack, Leak]:
     """The attack on some cases, and what leaked of them."""
     photos = DATASETS.make(cases[0].dataset, None)
-    return trial.prepared(cases, [secret_of(one, photos) for one in cases], CPU)
+    networks = [network_of(one) for one in cases]
+    return trial.prepared(cases, networks, [secret_of(one, photos) for one in cases], CPU)
 
 
 def textbook(one: Case) -> Textbook:

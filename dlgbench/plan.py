@@ -16,9 +16,10 @@ from dlgbench.registry import NETWORKS, ROOMS, Value
 PROFILES = ("quick", "standard", "paper")
 AXES: dict[str, Value] = {
     "network": "", "dataset": "photos", "attack": "dlg", "defense": "none", "dtype": "float32",
-    "batch": 0, "resolution": 0, "preparation": "", "classes": 0,
+    "batch": 0, "resolution": 0, "preparation": "", "classes": 0, "epochs": 0, "starts": 1,
 }  # fmt: skip
-"""The axes of a grid and their defaults; 0 and "" leave the choice to the network and the dataset."""
+"""The axes of a grid and their defaults; "" and, but for epochs, 0 leave the choice to the network and the
+dataset."""
 SIZES = {"images": 1, "seeds": 1, "steps": 300}
 
 

@@ -35,7 +35,7 @@ def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | 
     return Record(
         case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=trivial,
         objective=finite(float(found.objective[row])), relative=relative,
-        closures=int(attack.closures[row]),
+        closures=int(attack.closures.view(-1, case.starts)[row // case.starts].sum()),
         flags=_flags(outcome, relative, verdict, watched.labels.tolist(), trace),
         history={"objective": trace, **watched.history},
         convergence_step=None if verdict or outcome == "failed" else convergence_step(watched.history["mse"]),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from dlgbench import provenance
 from dlgbench.attacks.base import Attack, Task
-from dlgbench.callbacks import Guard, Judge, Progress, TensorBoard
+from dlgbench.callbacks import Guard, Judge, Progress, Screen, TensorBoard, lowest
 from dlgbench.case import Case, stream
 from dlgbench.closures import width_for
 from dlgbench.compiler import Compiler
@@ -29,7 +29,11 @@ from dlgbench.prepare import Network
 from dlgbench.records import Record, Status
 from dlgbench.registry import ATTACKS, Value
 from dlgbench.scoring import finals, pictures, score
-from dlgbench.victims import leak_of, network_of, secret_of
+from dlgbench.victims import leak_of, network_of, secret_of, trained_network_of
+
+T = TypeVar("T")
+SCREENED = 10
+"""After one in so many steps only the best start of a case goes on."""
 
 Trial = tuple[Record, bytes]
 """A record and its pictures: an ``npz`` file, empty where there are none."""
@@ -90,7 +94,8 @@ def batch_size(case: Case, device: torch.device, processes: int = 1) -> int:
     pairs = 2 * int(case.attack.get("history") or 0) * math.prod(case.shape)
     weights = sum(parameter.numel() for parameter in network_of(case).parameters())
     needed = getattr(torch, case.dtype).itemsize * (pairs + 4 * weights)
-    return int(max(1, min(BATCH_CALLS * width * processes, provenance.free_memory(device) / 2 // needed)))
+    rows = min(BATCH_CALLS * width * processes, provenance.free_memory(device) / 2 // needed)
+    return int(max(1, rows // case.starts))
 
 
 def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiting: int = 0) -> list[Trial]:
@@ -113,38 +118,47 @@ def _run(
 ) -> list[Trial]:
     provenance.exact_float32()
     secrets = [secret_of(case, dataset) for case in cases]
-    attack, leak = prepared(cases, secrets, device)
-    calls = most_closures(cases[0]) * -(-waiting // attack.closure.width)
+    networks = [trained_network_of(case, dataset) for case in cases]
+    attack, leak = prepared(cases, networks, secrets, device)
+    starts, steps = cases[0].starts, cases[0].steps
+    calls = most_closures(cases[0]) * -(-waiting * starts // attack.closure.width)
     compiling = setup.compiler.prepare(attack.closure, identity(cases[0]), attack.example(leak), calls)
-    judge, guard = Judge(secrets, cases[0].steps), Guard(len(cases), setup.timeout)
-    loggers = [_logger(case, setup.tensorboard) for case in cases] if setup.tensorboard else []
+    judge, guard = Judge(_each(secrets, starts), steps), Guard(len(cases) * starts, setup.timeout)
+    loggers = _loggers(cases, setup.tensorboard) if setup.tensorboard else []
     boards = [TensorBoard(judge, loggers)] if loggers else []
     meter = provenance.Meter(device)
-    trainer = trainer_on(setup.accelerator, [judge, guard, Progress(judge, show), *boards])
-    trainer.fit(attack, Frozen(leak, cases[0].steps))
+    screen = Screen(starts, -(-steps // SCREENED))
+    trainer = trainer_on(setup.accelerator, [judge, guard, Progress(judge, show), *boards, screen])
+    trainer.fit(attack, Frozen(leak, steps))
     cost = {**meter.stop(len(cases)), **compiling}
     whence = {**provenance.facts(device), **_known(cases[0]), **attack.closure.facts}
+    rows = lowest(attack.result.objective, starts)
     records = [
         replace(score(case, attack, judge, row, guard.verdicts[row]), cost=cost, provenance=whence)
-        for row, case in enumerate(cases)
+        for row, case in zip(rows, cases, strict=True)
     ]
-    for record, logger in zip(records, loggers, strict=bool(loggers)):
-        logger.log_hyperparams(_flat(record.case), {f"final/{k}": v for k, v in finals(record).items()})
-        logger.finalize("success")
-    return [(record, pictures(judge, attack.result, row)) for row, record in enumerate(records)]
+    if loggers:
+        _finish(loggers, rows, records)
+    return [(r, pictures(judge, attack.result, row)) for row, r in zip(rows, records, strict=True)]
 
 
-def prepared(cases: Sequence[Case], secrets: Sequence[Secret], device: torch.device) -> tuple[Attack, Leak]:
-    """The attack on some cases, with a network whose own weights no one uses, and what the clients shared."""
-    networks = [network_of(case).to(device) for case in cases]
-    leaks = [leak_of(*client, device) for client in zip(cases, networks, secrets, strict=True)]
-    attack, leak = attack_on(cases, networks[0]), stack(leaks)
+def prepared(
+    cases: Sequence[Case], networks: Sequence[Network], secrets: Sequence[Secret], device: torch.device
+) -> tuple[Attack, Leak]:
+    """The attack on some cases, with a network whose own weights no one uses, and what the clients shared.
+
+    Every start of every case is a row, those of a case after one another.
+    """
+    clients = zip(cases, (network.to(device) for network in networks), secrets, strict=True)
+    leaks = [leak_of(*client, device) for client in clients]
+    attack, leak = attack_on(cases, networks[0]), stack(_each(leaks, cases[0].starts))
     return attack, leak.channels_last if attack.closure.width == 1 else leak
 
 
 def attack_on(cases: Sequence[Case], network: Network) -> Attack:
-    """The attack of some cases, each with the attacker's own randomness."""
-    generators = [torch.Generator().manual_seed(stream(case, "attack")) for case in cases]
+    """The attack of some cases, every start with the attacker's own randomness."""
+    purposes = ["attack", *(f"attack {start}" for start in range(1, cases[0].starts))]
+    generators = [torch.Generator().manual_seed(stream(case, one)) for case in cases for one in purposes]
     task = Task(*cases[0].shape, cases[0].classes, generators)
     attack: Attack = ATTACKS.make(cases[0].attack, network, task)
     return attack
@@ -188,9 +202,25 @@ def trainer_on(accelerator: str, callbacks: list[pl.Callback]) -> pl.Trainer:
     )  # fmt: skip
 
 
-def _logger(case: Case, folder: Path) -> TensorBoardLogger:
-    shutil.rmtree(folder / case.id, ignore_errors=True)  # what a killed trial left would be drawn twice
-    return TensorBoardLogger(folder, name="", version=case.id, default_hp_metric=False)
+def _each(values: Sequence[T], times: int) -> list[T]:
+    """Every value so often, one after another."""
+    return [value for value in values for _ in range(times)]
+
+
+def _loggers(cases: Sequence[Case], folder: Path) -> list[TensorBoardLogger]:
+    """One for every row, named by the case's id and, behind the first, the start."""
+    names = [f"{case.id}-{start}" if start else case.id for case in cases for start in range(case.starts)]
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)  # what a killed trial left would be drawn twice
+    return [TensorBoardLogger(folder, name="", version=name, default_hp_metric=False) for name in names]
+
+
+def _finish(loggers: Sequence[TensorBoardLogger], rows: Sequence[int], records: Sequence[Record]) -> None:
+    for row, record in zip(rows, records, strict=True):
+        final = {f"final/{name}": value for name, value in finals(record).items()}
+        loggers[row].log_hyperparams(_flat(record.case), final)
+    for logger in loggers:
+        logger.finalize("success")
 
 
 def _flat(case: Case) -> dict[str, Value]:

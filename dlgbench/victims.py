@@ -6,8 +6,11 @@ attack must not be able to reach the secret.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dlgbench import datasets, networks
 from dlgbench.case import Case, stream
@@ -15,6 +18,7 @@ from dlgbench.datasets import Dataset
 from dlgbench.leak import Leak, Secret, Tensors, gradients, statistics
 from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
+from dlgbench.training import train
 
 CPU = torch.device("cpu")
 
@@ -25,6 +29,16 @@ def network_of(case: Case) -> Network:
     return networks.build(case.network, case.shape, case.classes, stream(case, "weights"), dtype)
 
 
+def trained_network_of(case: Case, dataset: Dataset) -> Network:
+    """The case's network after its epochs on all images of the dataset that are not private."""
+    network = network_of(case)
+    if not case.epochs:
+        return network
+    others = [i for i in range(len(dataset)) if i not in indices(case)]
+    images, labels = _prepared(case, dataset, others), torch.tensor([dataset.label(i) for i in others])
+    return train(network, images, labels, case.epochs, _generator(case, "training"))
+
+
 def indices(case: Case) -> range:
     """Which images of the dataset the case takes: batch after batch."""
     return range(case.image * case.batch, (case.image + 1) * case.batch)
@@ -32,13 +46,9 @@ def indices(case: Case) -> range:
 
 def secret_of(case: Case, dataset: Dataset) -> Secret:
     """The private batch of one case; images that carry no class get one drawn from the case's seed."""
-    images = [
-        datasets.prepare(dataset.image(i), case.resolution, case.preparation, case.channels)
-        for i in indices(case)
-    ]
     drawn = torch.randint(case.classes, (case.batch,), generator=_generator(case, "labels")).tolist()
     labels = [d if (k := dataset.label(i)) is None else k for i, d in zip(indices(case), drawn, strict=True)]
-    return Secret(torch.stack(images).to(getattr(torch, case.dtype))[None], torch.tensor(labels)[None])
+    return Secret(_prepared(case, dataset, indices(case))[None], torch.tensor(labels)[None])
 
 
 def leak_of(case: Case, network: Network, secret: Secret, device: torch.device = CPU) -> Leak:
@@ -53,6 +63,14 @@ def leak_of(case: Case, network: Network, secret: Secret, device: torch.device =
     shared = defend(private, _generator(case, "defense"))
     declared = {name: tensor for name, tensor in state.items() if name not in masks}
     return Leak(*map(_one_case, (weights, {**declared, **(masks if network.mask_known else {})}, shared)))
+
+
+def _prepared(case: Case, dataset: Dataset, which: Sequence[int]) -> Tensor:
+    """Some images of the dataset as the case's network takes them."""
+    images = (
+        datasets.prepare(dataset.image(i), case.resolution, case.preparation, case.channels) for i in which
+    )
+    return torch.stack(list(images)).to(getattr(torch, case.dtype))
 
 
 def _one_case(tensors: Tensors) -> Tensors:

@@ -1,11 +1,18 @@
-"""No test may reach the network."""
+"""No test may reach the network; and what tests of trials share."""
+
+from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
+
+from dlgbench import trial
+from dlgbench.attacks.base import Attack
+from dlgbench.case import Case
+from dlgbench.prepare import Network
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,6 +22,20 @@ def no_network() -> Iterator[None]:
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
         yield
+
+
+@pytest.fixture
+def attacks(monkeypatch: pytest.MonkeyPatch) -> list[Attack]:
+    """Every attack that a trial makes."""
+    made: list[Attack] = []
+    real = trial.attack_on
+
+    def attack_on(cases: Sequence[Case], network: Network) -> Attack:
+        made.append(real(cases, network))
+        return made[-1]
+
+    monkeypatch.setattr(trial, "attack_on", attack_on)
+    return made
 
 
 def _guarded(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -522,5 +522,5 @@ def test_imagenet_is_read_from_disk(tmp_path: Path) -> None:
 
 
 def test_every_name_has_a_summary_of_one_line() -> None:
-    assert set(DATASETS.entries) == {"photos", "samples", "folder", *DISK}
+    assert set(DATASETS.entries) == {"photos", "samples", "digits", "folder", *DISK}
     assert all(20 < len(entry.summary) <= 110 for entry in DATASETS.entries.values())

@@ -26,7 +26,7 @@ FLOORS: Sequence[set[str]] = (
     },
     {"prepare", "datasets", "defenses", "metrics", "optim"},
     {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
-    {"leak", "case"},
+    {"leak", "case", "training"},
     {"closures", "labels", "newton"},
     {"compiler", "peeling"},
     {"plan", "records", "attacks", "attacks.base"},

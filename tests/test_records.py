@@ -52,7 +52,7 @@ OTHER: dict[str, Any] = {
     "network": NETWORKS.spec("resnet18:activation=tanh"), "dataset": DATASETS.spec("photos"),
     "attack": ATTACKS.spec("dlg"), "defense": DEFENSES.spec("none"), "batch": 1, "resolution": 65,
     "preparation": "fit", "channels": 1, "classes": 11, "steps": 301, "dtype": "float64", "image": 5,
-    "seed": 0, "data": "0123456789abcdef",
+    "seed": 0, "data": "0123456789abcdef", "epochs": 30, "starts": 4,
 }  # fmt: skip
 RECORD = Record(
     case=CASE, status="done", outcome="exact", reason="naïve “Grund”\n\t\"\\ \u2028 \U0001f984",
@@ -97,6 +97,8 @@ def cases() -> st.SearchStrategy[Case]:
         image=natural,
         seed=natural,
         data=TEXT,
+        epochs=natural,
+        starts=positive,
     )
 
 

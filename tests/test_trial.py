@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
@@ -19,7 +18,6 @@ from dlgbench.callbacks import Guard, Judge
 from dlgbench.case import Case
 from dlgbench.datasets import Dataset
 from dlgbench.leak import Secret
-from dlgbench.prepare import Network
 from dlgbench.records import Record, decode, encode
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.scoring import score
@@ -36,20 +34,6 @@ DOUBLE, BATCH = replace(CASE, dtype="float64"), replace(CASE, batch=2)
 @pytest.fixture(scope="module")
 def photos() -> Dataset:
     made: Dataset = DATASETS.make(CASE.dataset, None)
-    return made
-
-
-@pytest.fixture
-def attacks(monkeypatch: pytest.MonkeyPatch) -> list[Attack]:
-    """Every attack that a trial makes."""
-    made: list[Attack] = []
-    real = trial.attack_on
-
-    def attack_on(cases: Sequence[Case], network: Network) -> Attack:
-        made.append(real(cases, network))
-        return made[-1]
-
-    monkeypatch.setattr(trial, "attack_on", attack_on)
     return made
 
 
