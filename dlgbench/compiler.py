@@ -80,9 +80,9 @@ class Compiler:
     def _prepare(
         self, closure: Closure, path: Path, example: tuple[Any, Any, Leak], calls: int
     ) -> dict[str, Any]:
-        with suppress(OSError, RuntimeError, ValueError):  # not there, or damaged: it is made anew
+        with suppress(OSError, RuntimeError, ValueError):  # not there, damaged or wrong: it is made anew
             seconds = float(_note(path).read_text())
-            closure.load(path)
+            closure.load(path, *example)
             return {"compiled_earlier_in_seconds": seconds}
         figures: dict[str, Any] = {
             "calls_expected": calls,
@@ -99,7 +99,7 @@ class Compiler:
         unfinished = path.with_suffix(f".{os.getpid()}.pt2")
         try:
             closure.compile(unfinished, *example)
-            closure.load(unfinished)
+            closure.load(unfinished, *example)
             _note(path).write_text(f"{time.perf_counter() - started:.1f}")
             unfinished.replace(path)
         except Exception as error:  # of torch's, of the compiler's, of the system's: all end the same way

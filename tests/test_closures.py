@@ -136,7 +136,7 @@ def test_of_two_at_once_one_compiles_and_the_other_waits(
         path.write_bytes(b"code")
 
     monkeypatch.setattr(Closure, "compile", compile)
-    monkeypatch.setattr(Closure, "load", lambda self, path: path.stat())
+    monkeypatch.setattr(Closure, "load", lambda self, path, *example: path.stat())
     attack, leak = prepared("lenet5")
     with ThreadPoolExecutor(2) as pool:
         work = [
@@ -164,6 +164,24 @@ def test_a_compiler_that_fails_is_told_of_once_and_done_without(
     (message,) = told
     assert "no compiler here" in message
     assert "\n" not in message
+    assert not list(cache.glob("*.pt2"))
+
+
+@pytest.mark.parametrize("fault", ["off", "nan", "second"])
+def test_compiled_code_that_errs_is_not_used(
+    fault: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack, leak = prepared("lenet5")
+    example = attack.example(leak)
+    right = [tensor.clone() for tensor in attack.closure(*example)]
+    wrong = [right[0] * (torch.nan if fault == "nan" else 1.1), *right[1:]]
+    answers = iter([right, wrong] if fault == "second" else [wrong, wrong])
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda *flat: next(answers))
+    monkeypatch.setattr(Closure, "compile", lambda self, path, *example: path.write_bytes(b"code"))
+    told: list[str] = []
+    Compiler("on", told.append).prepare(attack.closure, "any", example, 1)
+    assert attack.closure.facts["closure"] == "eager"
+    assert "Miscompiled" in told[0]
     assert not list(cache.glob("*.pt2"))
 
 
