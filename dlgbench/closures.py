@@ -67,12 +67,17 @@ class Closure:
         """How many cases to give a call of which ``cases`` are wanted."""
         return -(-cases // self.width) * self.width if self._compiled else cases
 
+    def arranged(self, leak: Leak) -> Leak:
+        """``leak`` in the order of memory for which code is compiled: copies only of what is in another."""
+        return leak.channels_last if self.width == 1 else leak.contiguous
+
     def trace(self, images: Tensor, labels: Tensor, leak: Leak) -> fx.GraphModule:
         """The evaluation of ``width`` cases such as these as one graph of all tensors in their order.
 
         Second derivatives included, it holds no autograd, and nothing that nobody uses.
         """
-        flat, shape = tree_flatten((images, labels, leak))
+        shape = tree_flatten((images, labels, leak))[1]
+        flat = self._flat(images, labels, leak)
         graph = make_fx(lambda *flat: self._eager(*tree_unflatten(list(flat), shape)))(*flat)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -80,8 +85,8 @@ class Closure:
 
     def compile(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
         """Compile for ``width`` cases such as these into the file ``path``; raises whatever goes wrong."""
-        flat = tuple(tree_flatten((images, labels, leak))[0])
-        exported = torch.export.export(self.trace(images, labels, leak), flat)
+        flat = self._flat(images, labels, leak)
+        exported = torch.export.export(self.trace(images, labels, leak), tuple(flat))
         options = {"cpp.threads": self.threads}
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
@@ -89,10 +94,10 @@ class Closure:
     def load(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
         """Use what `compile` has left in ``path``; raises `Miscompiled` where it errs.
 
-        Asked twice for cases such as these: code that reads what nobody has written answers differently.
+        It is asked twice: code that reads what nobody has written answers differently.
         """
         compiled = torch._inductor.aoti_load_package(str(path))
-        flat = tree_flatten((images, labels, leak))[0]
+        flat = self._flat(images, labels, leak)
         truth = self._eager(images, labels, leak)
         for ours in (compiled(*flat), compiled(*flat)):
             for value, true in zip(ours, truth, strict=True):
@@ -100,8 +105,15 @@ class Closure:
                     raise Miscompiled(f"{path.name}: its values are not those of the eager closure")
         self._compiled = compiled
 
-    def _call(self, *arguments: Any) -> Sequence[Tensor]:
-        return self._compiled(*tree_flatten(arguments)[0]) if self._compiled else self._eager(*arguments)
+    def _call(self, images: Tensor, labels: Tensor, leak: Leak) -> Sequence[Tensor]:
+        if self._compiled is None:
+            return self._eager(images, labels, leak)
+        return self._compiled(*self._flat(images, labels, leak))
+
+    def _flat(self, images: Tensor, labels: Tensor, leak: Leak) -> list[Tensor]:
+        """All tensors in their order, each with the strides that compiled code takes for granted: it checks
+        none, and reads other numbers, or past the end, where they differ."""
+        return tree_flatten((images.contiguous(), labels.contiguous(), self.arranged(leak)))[0]
 
     def _eager(self, images: Tensor, labels: Tensor, leak: Leak) -> tuple[Tensor, Tensor, Tensor]:
         if len(images) == 1:  # torch.func takes twice as long, and vmap makes grouped convolutions of all

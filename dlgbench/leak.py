@@ -38,6 +38,11 @@ class Leak(NamedTuple):
         return Leak(*({name: tensor[cases] for name, tensor in part.items()} for part in self))
 
     @property
+    def contiguous(self) -> Leak:
+        """The same values in the usual order of memory: copies only of what is in another."""
+        return Leak(*({name: tensor.contiguous() for name, tensor in part.items()} for part in self))
+
+    @property
     def channels_last(self) -> Leak:
         """The same values, the convolutions' weights and gradients with their channels innermost."""
         return Leak(*({name: _channels_last(tensor) for name, tensor in part.items()} for part in self))
@@ -117,7 +122,7 @@ def stack(leaks: Sequence[Leak]) -> Leak:
 
 def _channels_last(tensor: Tensor) -> Tensor:
     if tensor.dim() != 5:  # of the weights, only convolutions' have four dimensions beside the case
-        return tensor
+        return tensor.contiguous()
     return tensor.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 

@@ -35,6 +35,8 @@ STYLE = {
     "legend.frameon": False,
 }  # fmt: skip
 MOST_FRAMES, MOST_ROWS, MOST_TRIALS, MOST_GROUPS = 64, 8, 6, 300  # the last: Agg draws 65,536 pixels
+TOLD_FIRST = (*ROOMS, "batch", "epochs", "starts", "dtype")
+"""Of what tells two groups apart: the rest often follows from it, and a long label is cut."""
 DAMAGED = (OSError, EOFError, LookupError, ValueError, TypeError, MemoryError, RuntimeError, TokenError,
            zipfile.BadZipFile, zlib.error)  # fmt: skip
 
@@ -104,11 +106,12 @@ def grouped(records: Sequence[Record]) -> list[Group]:
 
 
 def label(case: Case, cases: Sequence[Case]) -> str:
-    """The network, and of all else what differs among the ``cases`` of that network."""
+    """The network, and of all else what is not the rule and differs among the ``cases`` of that network."""
     words, peers = [NETWORKS.brief(case.network)], [peer for peer in cases if peer.network == case.network]
-    for name in (field.name for field in fields(case)):
-        if len({getattr(peer, name) for peer in peers}) > 1:
-            value = getattr(case, name)
+    usual = {field.name: field.default for field in fields(case)}
+    for name in sorted(usual, key=lambda name: name not in TOLD_FIRST):
+        value = getattr(case, name)
+        if value != usual[name] and len({getattr(peer, name) for peer in peers}) > 1:
             words.append(f"{name}={ROOMS[name].brief(value) if name in ROOMS else value}")
     return ", ".join(words)
 
@@ -206,7 +209,7 @@ def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
              "seed, none picked,\nfailures included; of a batch the first image.")  # fmt: skip
     figure, page = _page(140 + 190 * len(groups), "Private images and their reconstructions", about)
     for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
-        words = re.sub("[:,](?! )", r"\g<0> ", _short(group.label, 50))
+        words = re.sub("[:,](?! )", r"\g<0> ", _short(group.label, 76))
         words = " ".join(word.replace("=", "= ") if len(word) > 20 else word for word in words.split())
         name = "\n".join(map(_plain, textwrap.wrap(words, 20)))
         page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", size=9)

@@ -33,7 +33,7 @@ from dlgbench.victims import leak_of, network_of, secret_of, trained_network_of
 
 T = TypeVar("T")
 SCREENED = 10
-"""After one in so many steps only the best start of a case goes on."""
+"""After one in so many steps only the best start of a case goes on, unless starts cooperate."""
 
 Trial = tuple[Record, bytes]
 """A record and its pictures: an ``npz`` file, empty where there are none."""
@@ -127,7 +127,7 @@ def _run(
     loggers = _loggers(cases, setup.tensorboard) if setup.tensorboard else []
     boards = [TensorBoard(judge, loggers)] if loggers else []
     meter = provenance.Meter(device)
-    screen = Screen(starts, -(-steps // SCREENED))
+    screen = Screen(starts, steps if attack.cooperative else -(-steps // SCREENED))
     trainer = trainer_on(setup.accelerator, [judge, guard, Progress(judge, show), *boards, screen])
     trainer.fit(attack, Frozen(leak, steps))
     cost = {**meter.stop(len(cases)), **compiling}
@@ -152,14 +152,14 @@ def prepared(
     clients = zip(cases, (network.to(device) for network in networks), secrets, strict=True)
     leaks = [leak_of(*client, device) for client in clients]
     attack, leak = attack_on(cases, networks[0]), stack(_each(leaks, cases[0].starts))
-    return attack, leak.channels_last if attack.closure.width == 1 else leak
+    return attack, attack.closure.arranged(leak)
 
 
 def attack_on(cases: Sequence[Case], network: Network) -> Attack:
     """The attack of some cases, every start with the attacker's own randomness."""
     purposes = ["attack", *(f"attack {start}" for start in range(1, cases[0].starts))]
     generators = [torch.Generator().manual_seed(stream(case, one)) for case in cases for one in purposes]
-    task = Task(*cases[0].shape, cases[0].classes, generators)
+    task = Task(*cases[0].shape, cases[0].classes, generators, cases[0].starts)
     attack: Attack = ATTACKS.make(cases[0].attack, network, task)
     return attack
 
@@ -179,8 +179,10 @@ def identity(case: Case) -> str:
 
 
 def _known(case: Case) -> dict[str, Any]:
-    """What the attack presumes, for the record's provenance."""
-    return {name: ATTACKS.entry(case.attack.name).facts[name] for name in ("labels", "priors")}
+    """What the attack presumes and what it met, for the record's provenance."""
+    facts = ATTACKS.entry(case.attack.name).facts
+    weights = f"trained for {case.epochs} epochs" if case.epochs else "untrained"
+    return {"labels": facts["labels"], "priors": facts["priors"], "weights": weights}
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dlgbench import trial
 from dlgbench.attacks.base import Attack
-from dlgbench.attacks.gradinversion import GradInversion
+from dlgbench.attacks.gradinversion import GradInversion, NoisyAdam
 from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
 from dlgbench.case import Case, stream
 from dlgbench.leak import Leak, statistics
@@ -116,3 +116,25 @@ def test_the_loop_is_adam_with_noise_within_the_box() -> None:
     torch.testing.assert_close(
         fitted(CASE, leak).dummy_images.detach()[0], image.detach(), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("starts", [1, 2])
+def test_starts_are_pulled_to_the_mean_of_their_case_and_of_no_other(starts: int) -> None:
+    rows = torch.tensor([0.1, 0.3, 0.7, 0.9]).view(4, 1, 1, 1, 1).clone().requires_grad_()
+    optimizer = NoisyAdam(rows, (torch.zeros(1), torch.ones(1)), 1e-3, 50)
+    optimizer.noise, optimizer.generators, optimizer.starts = 0.0, [torch.Generator()] * 4, starts
+
+    def nothing_to_match() -> Tensor:
+        rows.grad = torch.zeros_like(rows)
+        return torch.zeros(4)
+
+    optimizer.step(nothing_to_match)
+    reached = [0.15, 0.25, 0.75, 0.85] if starts == 2 else [0.1, 0.3, 0.7, 0.9]
+    torch.testing.assert_close(rows.detach().flatten(), torch.tensor(reached), rtol=0, atol=5e-3)
+
+
+def test_starts_that_hold_each_other_all_go_on_to_the_end(attacks: list[Attack]) -> None:
+    one = case(attack="gradinversion:iterations=2", steps=20, starts=2)
+    ((record, _),) = trial.run([one], PHOTOS, trial.Setup("cpu"), lambda *progress: None)
+    assert attacks[0].closures.tolist() == [40, 40]
+    assert record.objective == pytest.approx(float(attacks[0].result.objective.min()))

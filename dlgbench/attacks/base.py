@@ -26,6 +26,8 @@ class Task(NamedTuple):
     classes: int
     generators: Sequence[torch.Generator]
     """One per case, on the CPU: every device then meets the same draws.  Their number is the width."""
+    starts: int = 1
+    """So many rows after one another are starts of the same case."""
 
 
 class Reconstruction(NamedTuple):
@@ -61,6 +63,8 @@ class Attack(pl.LightningModule, ABC):
     best_labels: Tensor
     result: Reconstruction
     """What was found, on the CPU; there is one once the training has ended."""
+    cooperative = False
+    """Whether the starts of a case need each other to the end; else only the best goes on after a while."""
 
     def __init__(self, network: Network, task: Task) -> None:
         super().__init__()
