@@ -137,7 +137,7 @@ def _note(path: Path) -> Path:
 def _sources() -> str:
     """A digest of all modules that a closure may run code of."""
     root = Path(dlgbench.__file__).parent
-    names = ("batchnorm", "closures", "convolution", "leak", "networks", "prepare")
+    names = ("batchnorm", "closures", "convolution", "leak", "networks", "prepare", "softening", "spectrum")
     files = [root / f"{name}.py" for name in names]
     files += sorted((root / "attacks").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

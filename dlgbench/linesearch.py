@@ -17,6 +17,8 @@ DECREASE = 1e-4
 """c1 of the first Wolfe condition."""
 CURVATURE = 0.9
 """c2 of the second."""
+SHORTENED = 4
+"""How often `backtracking` tries a tenth before it gives the direction up."""
 
 
 class Point(NamedTuple):
@@ -29,8 +31,9 @@ class Point(NamedTuple):
     """The gradient of the whole problem, carried along for the caller."""
 
 
-Search = Generator[float, Point, Point]
-"""Yields step lengths, is sent the `Point` at each, and returns the one to go to."""
+Search = Generator[float, Point, Point | None]
+"""Yields step lengths, is sent the `Point` at each, and returns the one to go to, or None where the direction
+is to be given up, and all that led to it."""
 LineSearch = Callable[[Point, float, float, int], Search]
 """Begins a `Search`, given the point at step 0, the first step to try, the length of a bracket or step at
 which to give up, and how many evaluations there may be beyond the first."""
@@ -55,16 +58,16 @@ def strong_wolfe(origin: Point, step: float, shortest: float, evaluations: int) 
 
 
 def backtracking(origin: Point, step: float, shortest: float, evaluations: int) -> Search:
-    """The first of ``step``, its tenth, the tenth of that, … that does not climb; else the origin.
+    """The first of ``step``, its tenth, the tenth of that, … that does not climb; else none.
 
     It costs nothing where the first step descends, as nearly all of L-BFGS do.
     """
-    for _ in range(evaluations + 1):
+    for _ in range(min(evaluations, SHORTENED) + 1):
         here = yield step
         if here.objective <= origin.objective:
             return here
         step /= 10
-    return origin
+    return None
 
 
 def _zoom(origin: Point, bracket: list[Point], shortest: float, left: int) -> Search:

@@ -16,6 +16,9 @@ from torch import Tensor
 from dlgbench.errors import UsageError
 from dlgbench.linesearch import LineSearch, Point, Search
 
+SHRINK = 1e-5
+"""Of steepest descent's step where it climbs, and did when it was ten thousand times shorter."""
+
 
 class _Values(NamedTuple):
     """The objective of every row, ``(row,)`` on the CPU, and its gradient, ``(row, number)``."""
@@ -29,7 +32,8 @@ class LBFGS(torch.optim.Optimizer):
 
     ``active``, ``(row,)`` booleans on the CPU, says which rows to optimise; while a step runs it is
     narrowed to the rows whose objective and gradient the next closure must give, and afterwards it
-    is as before.  A pair (s, y) is remembered where s.y is above ``tolerance_curvature``, which torch
+    is as before.  Where a ``line_search`` gives up, its row goes on by steepest descent.
+    A pair (s, y) is remembered where s.y is above ``tolerance_curvature``, which torch
     holds at 1e-10: small objectives want 0.  ``line_search`` is one of dlgbench.linesearch; the other
     options are torch's.  A row whose objective is no longer finite stops where that happened.
 
@@ -87,6 +91,7 @@ class LBFGS(torch.optim.Optimizer):
             return _Values(answers[-1].detach().double().cpu(), _flat(gradients))
 
         running, evaluations = self.active.clone(), torch.ones(len(self.active), dtype=torch.long)
+        stuck = torch.zeros_like(running)
         here = evaluate()
         self.active &= ~(_largest(here.gradient) <= self.tolerance_grad)
         for iteration in range(1, self.max_iter + 1):
@@ -96,7 +101,7 @@ class LBFGS(torch.optim.Optimizer):
                 break
             if self.line_search is not None:
                 searches = self._searches(self.line_search, here, slope, evaluations)
-                there = self._search(searches, here, evaluations, evaluate)
+                there, stuck = self._search(searches, here, evaluations, evaluate)
             elif iteration < self.max_iter:
                 self._move(self._length)
                 there = evaluate()
@@ -104,7 +109,7 @@ class LBFGS(torch.optim.Optimizer):
             else:  # nobody needs the values there: the next step begins with them
                 self._move(self._length)
                 break
-            self._stop(here, there, evaluations)
+            self._stop(here, there, evaluations, stuck)
             here = there
         self.active.copy_(running)
         return answers[0]
@@ -127,14 +132,14 @@ class LBFGS(torch.optim.Optimizer):
         slope[rows] = (gradient * direction).sum(1).double().cpu()
         return slope
 
-    def _stop(self, here: _Values, there: _Values, evaluations: Tensor) -> None:
+    def _stop(self, here: _Values, there: _Values, evaluations: Tensor, stuck: Tensor) -> None:
         """Which rows have arrived: torch's conditions, and values that are no numbers."""
         moved = _largest(self._direction).double() * self._length.abs()
+        unchanged = (there.objective - here.objective).abs() < self.tolerance_change
         self.active &= ~(
             (evaluations >= self.max_eval)
             | (_largest(there.gradient) <= self.tolerance_grad)
-            | (moved <= self.tolerance_change)
-            | ((there.objective - here.objective).abs() < self.tolerance_change)
+            | (~stuck & (unchanged | (moved <= self.tolerance_change)))
             | ~there.objective.isfinite()
         )
 
@@ -152,11 +157,15 @@ class LBFGS(torch.optim.Optimizer):
         here: _Values,
         evaluations: Tensor,
         evaluate: Callable[[], _Values],
-    ) -> _Values:
-        """Search along every active row's line, all rows at once, and move to the points found."""
+    ) -> tuple[_Values, Tensor]:
+        """Search along every active row's line, all rows at once, and move to the points found.
+
+        Returns the values there, and which rows found none: they forget what they know, or the next
+        direction would be the same, and so would its search, to the end of the run.
+        """
         moving, start = self.active.clone(), [parameter.clone() for parameter in self._params]
         objective, gradient = here.objective.clone(), here.gradient.clone()
-        trial = self._length.clone()
+        trial, stuck = self._length.clone(), torch.zeros_like(self.active)
         for row, search in searches.items():
             trial[row] = next(search)
         while self.active.any():
@@ -171,12 +180,15 @@ class LBFGS(torch.optim.Optimizer):
                 try:
                     trial[row] = searches[row].send(Point(step, value, slopes[row], there.gradient[row]))
                 except StopIteration as end:
-                    self.active[row], best = False, cast(Point, end.value)
-                    self._length[row], objective[row] = best.step, best.objective
-                    gradient[row] = best.gradient
+                    self.active[row], stuck[row] = False, end.value is None
+                    if end.value is None:
+                        self._length[row] = 0.0
+                        self._history.forget(row)
+                    else:
+                        self._length[row], objective[row], _, gradient[row] = end.value
         self.active.copy_(moving)
         self._move(self._length)
-        return _Values(objective, gradient)
+        return _Values(objective, gradient), stuck
 
     def _searches(
         self, search: LineSearch, here: _Values, slope: Tensor, evaluations: Tensor
@@ -229,6 +241,14 @@ class _History:
             self.products[here] = products
             found[there] = self._product(here, gradient[there], products)
         return found
+
+    def forget(self, row: int) -> None:
+        """Drop the pairs of ``row`` but for the scale that they gave, or, if there are none, shrink that."""
+        if not self.curvature[row].any():
+            self.scale[row] *= SHRINK
+        for part in (self.pairs, self.inverse, self.products, self.yy, self.curvature):
+            part[row] = 0.0
+        self.slots[row] = 0
 
     def _remember(self, rows: slice, s: Tensor, y: Tensor) -> None:
         slot = self.slots[rows.start]

@@ -19,10 +19,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "relu": F.relu, "tanh": torch.tanh,
     "softplus": F.softplus, "silu": F.silu, "gelu": F.gelu,
 }  # fmt: skip
-SHARPNESS = 200.0
-"""Measured on lenet5 and lenet_dlg: 30 blurs the images, 300 is nearly as hard to descend as ReLU."""
-TINY = 1e-12
-"""Keeps the root's derivatives finite where all features are 0."""
 
 
 class Dropout(nn.Module):
@@ -135,22 +131,6 @@ def replace_activation(body: nn.Module, activation: str) -> nn.Module:
     swap = _Swap(fx.symbolic_trace(body))
     swap.activation = ACTIVATIONS[activation]
     return swap.transform()
-
-
-def softened(network: Network) -> Network:
-    """``network`` with every ReLU replaced by `soft_relu`; it shares all weights and buffers."""
-    assert isinstance(network.body, fx.GraphModule)
-    swap = _Swap(network.body)
-    swap.activation = soft_relu
-    soft = copy.copy(network)
-    soft._modules = {**network._modules, "body": swap.transform()}
-    return soft
-
-
-def soft_relu(features: Tensor) -> Tensor:
-    """Softplus, whose bend is as wide as the features' root mean square over `SHARPNESS`."""
-    width = (features.square().mean() + TINY).sqrt() / SHARPNESS
-    return F.softplus(features / width) * width
 
 
 def probe(network: Network, shape: tuple[int, ...]) -> None:

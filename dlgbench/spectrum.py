@@ -40,8 +40,9 @@ class Spectrum:
         self.axes = axes / axes.norm(dim=1, keepdim=True)
         sizes = torch.tensor(COLOURS) if channels == 3 else torch.ones(channels)
         sizes = sizes / sizes.square().mean().sqrt()
-        frequency = torch.hypot(torch.arange(height)[:, None] / 2, torch.arange(width) / 2)
-        self.amplitude = (sizes[:, None, None] * frequency.clamp_min(1).pow(-FALL)).to(like)
+        self.frequency = torch.hypot(torch.arange(height)[:, None] / 2, torch.arange(width) / 2).to(like)
+        """Of every coefficient in periods a side, ``(height, width)``."""
+        self.amplitude = sizes.to(like)[:, None, None] * self.frequency.clamp_min(1).pow(-FALL)
 
     def images(self, coefficients: Tensor) -> Tensor:
         """Deviations from grey, ``(…, channel, height, width)``, shaped like the coefficients."""

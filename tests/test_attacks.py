@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dlgbench import trial
 from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
 from dlgbench.case import Case, stream
+from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
 from dlgbench.registry import ATTACKS
 from dlgbench.victims import network_of, secret_of
@@ -150,6 +151,30 @@ def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
     with torch.no_grad():
         attack.look(leaked(case(attack="spectral")))
     assert not torch.equal(attack.dummy_images, grey.dummy_images)
+
+
+def test_a_large_image_is_sought_from_coarse_to_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    one = case(attack="spectral:iterations=1", network="resnet18", resolution=128, steps=10, dtype="float32")
+
+    def note(attack: Spectral, images: torch.Tensor, labels: torch.Tensor, leak: Leak) -> torch.Tensor:
+        with torch.no_grad():
+            there = attack.spectrum.coefficients(images.detach() - 0.5).abs().amax((0, 1)) > 1e-3
+            seen.append(float(attack.spectrum.frequency[there].max()))
+        return images.square().mean() + 0 * labels.sum()
+
+    monkeypatch.setattr(Spectral, "distance", note)
+    fitted(one, leaked(one))
+    levels = list(dict.fromkeys(round(most) for most in seen))
+    assert levels == [14, 28, 90]  # 56 is above a quarter of 128; the highest is 64 times root 2
+
+
+def test_a_small_image_is_sought_as_a_whole() -> None:
+    one = case(attack="spectral", network="lenet5", steps=1)
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert attack.levels == []
+    assert bool(attack.window.all())
 
 
 def test_a_case_that_has_ended_is_not_stretched() -> None:

@@ -25,7 +25,10 @@ FLOORS: Sequence[set[str]] = (
         "doctor",
     },
     {"prepare", "datasets", "defenses", "metrics", "optim"},
-    {"networks"},  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
+    {
+        "networks",
+        "softening",
+    },  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
     {"leak", "case", "training"},
     {"closures", "labels", "newton"},
     {"compiler", "peeling"},

@@ -209,7 +209,7 @@ def test_backtracking_gives_up_where_it_is() -> None:
     assert search.send(Point(0.1, 2.0, 0.0, torch.zeros(0))) == pytest.approx(0.01)
     with pytest.raises(StopIteration) as end:
         search.send(Point(0.01, 2.0, 0.0, torch.zeros(0)))
-    assert end.value.value.step == 0.0
+    assert end.value.value is None
 
 
 def test_the_cubic_minimum_is_that_of_the_cubic() -> None:
@@ -232,3 +232,26 @@ def test_a_small_objective_needs_its_curvature() -> None:
     found, _ = rowwise(small, start, 3, **options, tolerance_curvature=0.0)
     assert float((stuck[-1] - start).abs().max()) < 1e-3
     assert float(found[-1].abs().max()) < 1e-3
+
+
+def test_a_row_whose_direction_climbs_forgets_and_goes_on() -> None:
+    """What was learnt in a flat valley sends it far up the walls of another, whatever it is shortened to."""
+    curvature = 1e-12
+    x = nn.Parameter(torch.ones(1, N, dtype=torch.float64))
+    optimizer = LBFGS(
+        [x], line_search=backtracking, tolerance_grad=0.0, tolerance_change=0.0, tolerance_curvature=0.0
+    )
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            value = curvature * quartic(x)
+        (x.grad,) = torch.autograd.grad(value.sum(), x)
+        return value.detach()
+
+    optimizer.step(closure)
+    x.data.fill_(2.0)
+    curvature = 1.0
+    before = float(quartic(x.detach()))
+    for _ in range(4):
+        optimizer.step(closure)
+    assert float(quartic(x.detach())) < 1e-9 * before

@@ -16,14 +16,19 @@ from dlgbench.leak import Leak, gradients, statistics
 from dlgbench.linesearch import backtracking
 from dlgbench.optim import LBFGS
 from dlgbench.peeling import peel
-from dlgbench.prepare import Network, softened
+from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
+from dlgbench.softening import softened
 from dlgbench.spectrum import Spectrum
 
 CONTRAST = 0.25
 """The standard deviation of a typical photo's pixels."""
 NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
+LEVELS = (14, 28, 56)
+"""Frequencies, in periods a side, up to which an image is sought before the next and before all of it."""
+LEVEL_STEPS = 4
+"""How many steps each level has at most: less than a fifth of all where these are few."""
 STRETCH_AFTER = 10
 """Steps after which images take up the range of pixels, where the network does not see their scale."""
 CLIPPED = 0.01
@@ -34,14 +39,14 @@ CLIPPED = 0.01
     "spectral",
     labels="recovered first, by counts",
     priors="smooth and pale where the gradient leaves it open, range of pixels",
-    revision=3,
+    revision=4,
     positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
-    """First what can be solved for; then L-BFGS on every layer's relative distance, low frequencies first.
+    """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
 
-    The objective never climbs: a step that would is shortened.  ReLU, whose kinks have no second derivative
-    to follow, is matched through a softened copy of the network.
+    The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
+    derivative to follow, are matched through a softened copy of the network.
     Where batch norm hides the images' brightness and contrast, they take up the range of pixels.
     """
 
@@ -60,6 +65,8 @@ class Spectral(LabelsFirst):
         shape = (len(task.generators), 1, 1, 1, 1)
         self.gain = torch.full(shape, CONTRAST).to(network.mean)
         self.grey = torch.full(shape, 0.5).to(network.mean)
+        self.levels = [level for level in LEVELS if 4 * level <= min(task.height, task.width)]
+        self.window = torch.ones(task.height, task.width).to(network.mean)
         self.optimizer = partial(
             LBFGS, active=self.active,
             lr=learning_rate, history_size=history, max_iter=iterations, line_search=backtracking,
@@ -73,7 +80,7 @@ class Spectral(LabelsFirst):
 
     def pixels(self, dummies: Tensor) -> Tensor:
         """The images with these coefficients, about grey."""
-        return self.grey + self.gain * self.spectrum.images(dummies)
+        return self.grey + self.gain * self.spectrum.images(self.window * dummies)
 
     def look(self, leak: Leak) -> None:
         """Labels, then the better of two starts by objective: what can be solved for, and grey."""
@@ -103,6 +110,17 @@ class Spectral(LabelsFirst):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([self.dummy_images])
 
+    def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
+        steps = min(LEVEL_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // 5))
+        if self.levels and batch_idx % steps == 0 and batch_idx // steps <= len(self.levels):
+            self.focus([*self.levels, float("inf")][batch_idx // steps])
+        super().on_train_batch_start(batch, batch_idx)
+
+    def focus(self, most: float) -> None:
+        """Seek frequencies up to ``most`` periods a side; the best iterate is sought anew."""
+        self.window = (self.spectrum.frequency <= most).to(self.window)
+        self.best_objective[self.active.to(self.best_objective.device)] = torch.inf
+
     def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
         # statistics that are shared would tell the scale
         if batch_idx + 1 == STRETCH_AFTER and any(type(m) is BatchNorm2d for m in self.network.modules()):
@@ -114,7 +132,7 @@ class Spectral(LabelsFirst):
         Batch norm makes the gradient all but blind to brightness and contrast: the objective as a
         function of the coefficients stays what it was, and with it what L-BFGS knows of it.
         """
-        images = self.spectrum.images(self.dummy_images.detach()).flatten(1)
+        images = self.spectrum.images(self.window * self.dummy_images.detach()).flatten(1)
         low, high = (torch.quantile(images, q, dim=1).view_as(self.gain) for q in (CLIPPED, 1 - CLIPPED))
         running = self.active.to(low.device).view_as(low)  # of the others, the best iterate is found
         found = running & (high > low) & (high - low).isfinite()
