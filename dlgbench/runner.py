@@ -11,7 +11,6 @@ from dlgbench import processes, trial
 from dlgbench.case import Case
 from dlgbench.grid import Data, why_not
 from dlgbench.records import Record
-from dlgbench.registry import DEFENSES
 from dlgbench.store import Store
 from dlgbench.trial import Setup
 
@@ -57,7 +56,7 @@ def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> 
 def run(
     todo: Sequence[Case], store: Store, data: Data, setup: Setup, limits: Limits, watch: Watch
 ) -> Summary:
-    """Run the cases in batches of those that differ in image, seed and defense only.
+    """Run the cases in batches of those that are alike.
 
     A case that another process has recorded meanwhile is passed over.  A trial that the end of the
     run's time cuts short leaves no record: it is repeated by the next run.
@@ -93,8 +92,7 @@ def _groups(cases: Sequence[Case]) -> list[list[Case]]:
     """Cases whose attacks are the same function of what leaks, in the order of their first."""
     groups: dict[Case, list[Case]] = {}
     for case in cases:
-        alike = replace(case, image=0, seed=0, data="", defense=DEFENSES.spec("none"))
-        groups.setdefault(alike, []).append(case)
+        groups.setdefault(trial.alike(case), []).append(case)
     return list(groups.values())
 
 

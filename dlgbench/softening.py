@@ -17,8 +17,8 @@ POOL = 8.0
 """The sharpness of `soft_max_pool`.  Measured on resnet18: docs/attacks.md."""
 TINY = 1e-12
 """Keeps the root's derivatives finite where all features are alike."""
-LOWEST = -1e30
-"""What pads a maximum: its weight is 0, and times that weight it is 0 too."""
+FAR = 100.0
+"""How many widths below all features what pads a maximum is: its weight is exp(-100) at most."""
 
 
 def softened(network: Network) -> Network:
@@ -41,11 +41,12 @@ def soft_max_pool(features: Tensor, kernel_size: int, stride: int, padding: int 
     ``features`` are ``(image, channel, height, width)``.
     """
     width = (features.var(correction=0) + TINY).sqrt() / POOL
-    windows = F.pad(features, (padding,) * 4, value=LOWEST)
+    lowest = (features.amin() - FAR * width).detach()
+    windows = F.pad(features - lowest, (padding,) * 4)
     for side in (2, 3):
         windows = windows.unfold(side, kernel_size, stride)
     windows = windows.flatten(4)
-    return (windows * (windows / width).softmax(-1)).sum(-1)
+    return (windows * (windows / width).softmax(-1)).sum(-1) + lowest
 
 
 class _Soften(fx.Transformer):

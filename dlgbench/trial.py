@@ -27,7 +27,7 @@ from dlgbench.datasets import Dataset
 from dlgbench.leak import Leak, Secret, stack
 from dlgbench.prepare import Network
 from dlgbench.records import Record, Status
-from dlgbench.registry import ATTACKS, Value
+from dlgbench.registry import ATTACKS, DEFENSES, Value
 from dlgbench.scoring import finals, pictures, score
 from dlgbench.victims import leak_of, network_of, secret_of, trained_network_of
 
@@ -99,7 +99,7 @@ def batch_size(case: Case, device: torch.device, processes: int = 1) -> int:
 
 
 def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiting: int = 0) -> list[Trial]:
-    """Run cases that differ in image, seed and defense only, in one batch.
+    """Run cases that are `alike` in one batch.
 
     ``waiting`` counts these and all later cases that will use the same closure.  Whatever fails in a
     single trial becomes a record of the failure; for several it raises `Crowded`.
@@ -159,7 +159,8 @@ def attack_on(cases: Sequence[Case], network: Network) -> Attack:
     """The attack of some cases, every start with the attacker's own randomness."""
     purposes = ["attack", *(f"attack {start}" for start in range(1, cases[0].starts))]
     generators = [torch.Generator().manual_seed(stream(case, one)) for case in cases for one in purposes]
-    task = Task(*cases[0].shape, cases[0].classes, generators, cases[0].starts)
+    defense = DEFENSES.make(cases[0].defense)
+    task = Task(*cases[0].shape, cases[0].classes, generators, cases[0].starts, defense)
     attack: Attack = ATTACKS.make(cases[0].attack, network, task)
     return attack
 
@@ -172,9 +173,15 @@ def _failure(case: Case, error: Exception, device: torch.device) -> Record:
     return Record(case=case, status=status, reason=reason, provenance=provenance.facts(device))
 
 
+def alike(case: Case) -> Case:
+    """The same for all cases that can share a batch: their attack is one function of what leaks."""
+    defense = case.defense if "adaptive" in ATTACKS.entry(case.attack.name).facts else DEFENSES.spec("none")
+    return replace(case, image=0, seed=0, data="", defense=defense)
+
+
 def identity(case: Case) -> str:
     """What the code of a closure depends on, of all that a case says."""
-    parts = (case.network, case.attack, case.shape, case.classes, case.dtype)
+    parts = (case.network, case.attack, alike(case).defense, case.shape, case.classes, case.dtype)
     return " ".join(map(str, parts))
 
 

@@ -24,15 +24,14 @@ FLOORS: Sequence[set[str]] = (
         "adam",
         "doctor",
     },
-    {"prepare", "datasets", "defenses", "metrics", "optim"},
-    {
-        "networks",
-        "softening",
-    },  # all of DESIGN.md's third floor, where a network is made of what `prepare` gives it
-    {"leak", "case", "training"},
+    {"prepare", "datasets", "defenses.base", "metrics", "optim"},
+    {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
+    {"leak", "case", "training", "defenses"},
+    {"defenses.lightning"},
     {"closures", "labels", "newton"},
     {"compiler", "peeling"},
     {"plan", "records", "attacks", "attacks.base"},
+    {"attacks.spectral"},  # what adapts to defences builds upon it
     {"attacks.*", "victims", "leaderboard", "listing"},
     {"callbacks", "columns", "plots"},
     {"scoring"},
@@ -46,8 +45,8 @@ FLOORS: Sequence[set[str]] = (
     {"__main__"},
 )
 """From the ground up.  ``""`` is the package itself, ``attacks.*`` any other module of that folder."""
-PACKAGES = {"attacks"}
-SEPARATE = [{"networks", "datasets", "defenses", "metrics", "optim"}, {"attacks.*"}]
+PACKAGES = {"attacks", "defenses"}
+SEPARATE = [{"networks", "datasets", "defenses", "metrics", "optim"}, {"attacks.*"}, {"defenses.*"}]
 """Never each other, whatever their floors."""
 
 

@@ -46,6 +46,12 @@ def test_a_soft_maximum_lies_between_the_windows_mean_and_its_maximum(
     assert (hard - soft).max() <= width * torch.log(torch.tensor(float(size * size)))
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_soft_maximum_has_both_derivatives(padding: int) -> None:
+    x = torch.randn(1, 2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: soft_max_pool(x, 3, 2, padding), x.requires_grad_())
+
+
 def test_a_soft_maximum_is_the_weighted_mean_that_it_says() -> None:
     x = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]], dtype=torch.float64)
     weights = (x.flatten() * POOL / x.std(correction=0)).exp()

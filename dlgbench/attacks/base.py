@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +14,14 @@ from dlgbench.closures import Closure, Values, width_for
 from dlgbench.labels import logits, recover
 from dlgbench.leak import Leak, Tensors, gradients, squared_distance, squared_norm
 from dlgbench.prepare import Network
+
+
+class Foresight(Protocol):
+    """What an attacker who knows a defence can tell of what it shares: see `dlgbench.defenses`."""
+
+    def expected(self, ours: Tensors, shared: Tensors) -> Tensors: ...
+
+    def doubt(self, shared: Tensors) -> Tensors: ...
 
 
 class Task(NamedTuple):
@@ -28,6 +36,8 @@ class Task(NamedTuple):
     """One per case, on the CPU: every device then meets the same draws.  Their number is the width."""
     starts: int = 1
     """So many rows after one another are starts of the same case."""
+    defense: Foresight | None = None
+    """What is public of the clients' defence, for attacks that adapt to it."""
 
 
 class Reconstruction(NamedTuple):

@@ -1,0 +1,63 @@
+"""The strongest attack against a client that defends itself: it knows the defence, but not its draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlgbench.attacks.base import Task
+from dlgbench.attacks.spectral import CONTRAST, Spectral
+from dlgbench.leak import Leak, gradients
+from dlgbench.prepare import Network
+from dlgbench.registry import ATTACKS
+
+ROUNDING = 1e-6
+"""Of a tensor's norm: what float32 leaves uncertain of a gradient, whatever the defence."""
+
+
+@ATTACKS.register(
+    "adaptive",
+    labels="recovered first, by counts",
+    priors="photos' spectrum, range of pixels, the defence and its parameters",
+    adaptive=True,
+    positive=("learning_rate", "history", "iterations"),
+)
+class Adaptive(Spectral):
+    """As `Spectral`, but the most probable image given what the defence shares.
+
+    What a client with the dummies' gradient would share is compared with what was shared: where the
+    defence leaves something to chance, in units of its standard deviation; a natural image's
+    coefficients are taken to be Gaussian, each with its expected amplitude.  The objective is the
+    negative logarithm of the posterior (Balunovic et al. 2022, "Bayesian framework for gradient
+    leakage", section 4), an approximation where the doubt is not Gaussian.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        task: Task,
+        *,
+        learning_rate: float = 1.0,
+        history: int = 100,
+        iterations: int = 20,
+    ) -> None:
+        super().__init__(network, task, learning_rate=learning_rate, history=history, iterations=iterations)
+        assert task.defense is not None
+        self.defense = task.defense
+
+    def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
+        """``(sum |expected(g) - shared|^2 / doubt^2 + |coefficients|^2) / pixels``, over the weights."""
+        shared = {name: gradient for name, gradient in leak.gradients.items() if gradient.dim() > 1}
+        ours = gradients(self.soft, leak.weights, leak.buffers, images, labels.softmax(-1))
+        expected, doubt = self.defense.expected(ours, leak.gradients), self.defense.doubt(leak.gradients)
+        terms = [
+            ((expected[name] - gradient).square() / _variance(doubt[name], gradient)).sum()
+            for name, gradient in shared.items()
+        ]
+        prior = self.spectrum.coefficients((images - 0.5) / CONTRAST).square().sum()
+        return (torch.stack(terms).sum() + prior) / images.numel()
+
+
+def _variance(doubt: Tensor, shared: Tensor) -> Tensor:
+    rounding = ROUNDING**2 * shared.square().sum()
+    return doubt.square() + torch.where(rounding > 0, rounding, 1)
