@@ -111,8 +111,7 @@ def test_stretching_restores_the_contrast_that_batch_norm_hides() -> None:
     label = F.one_hot(truth.labels, 100).double() * 1e4
     pale = attack.spectrum.coefficients(truth.images - 0.5)  # a gain of 0.25 leaves a quarter of the contrast
     before = [float(attack.evaluate(pale, label, leak).objective), error(attack.pixels(pale), truth.images)]
-    attack.dummy_images.data.copy_(pale)
-    attack.stretch()
+    attack.stretch(pale)
     stretched = attack.pixels(pale)
     assert [float(stretched.quantile(q)) for q in (0.01, 0.99)] == pytest.approx([0, 1], abs=1e-6)
     assert float(attack.evaluate(pale, label, leak).objective) < before[0] / 2
@@ -178,15 +177,18 @@ def test_a_small_image_is_sought_as_a_whole() -> None:
 
 
 def test_a_case_that_has_ended_is_not_stretched() -> None:
-    """Its best iterate was chosen as it is, and must not make way for whatever it ended in."""
     one = case(attack="spectral", network="resnet18", resolution=64, dtype="float32")
     attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
     assert isinstance(attack, Spectral)
-    attack.best_objective.fill_(1)
     attack.active[0] = False
-    attack.stretch()
-    assert attack.best_objective.tolist() == [1, torch.inf]
+    attack.stretch(attack.dummy_images.detach())
     assert attack.gain[0] == CONTRAST != attack.gain[1]
+
+
+def test_what_is_found_takes_up_the_range_of_pixels() -> None:
+    one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
+    found = fitted(one, leaked(one)).result.images
+    assert [float(found.quantile(q)) for q in (0.01, 0.99)] == pytest.approx([0, 1], abs=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0, torch.nan])

@@ -121,24 +121,33 @@ class Spectral(LabelsFirst):
         self.window = (self.spectrum.frequency <= most).to(self.window)
         self.best_objective[self.active.to(self.best_objective.device)] = torch.inf
 
-    def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
-        # statistics that are shared would tell the scale
-        if batch_idx + 1 == STRETCH_AFTER and any(type(m) is BatchNorm2d for m in self.network.modules()):
-            self.stretch()
+    @property
+    def hidden(self) -> bool:
+        """Whether batch norm hides the images' scale: statistics that are shared would tell it."""
+        return any(type(module) is BatchNorm2d for module in self.network.modules())
 
-    def stretch(self) -> None:
-        """Let every running case's images take up [0, 1]; the best iterate is sought anew from there.
+    def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
+        if self.hidden and batch_idx + 1 == STRETCH_AFTER:
+            self.stretch(self.dummy_images.detach())
+            self.best_objective[self.active.to(self.best_objective.device)] = torch.inf
+
+    def settle(self) -> None:
+        """Brightness and contrast drift, unseen: the images found take up the range of pixels again."""
+        if self.hidden:
+            self.stretch(self.best_images)
+
+    def stretch(self, dummies: Tensor) -> None:
+        """Let every running case's images with these coefficients take up [0, 1].
 
         Batch norm makes the gradient all but blind to brightness and contrast: the objective as a
         function of the coefficients stays what it was, and with it what L-BFGS knows of it.
         """
-        images = self.spectrum.images(self.window * self.dummy_images.detach()).flatten(1)
+        images = self.spectrum.images(self.window * dummies).flatten(1)
         low, high = (torch.quantile(images, q, dim=1).view_as(self.gain) for q in (CLIPPED, 1 - CLIPPED))
         running = self.active.to(low.device).view_as(low)  # of the others, the best iterate is found
         found = running & (high > low) & (high - low).isfinite()
         self.gain = torch.where(found, 1 / (high - low), self.gain)
         self.grey = torch.where(found, -low * self.gain, self.grey)
-        self.best_objective[found.flatten()] = torch.inf
 
 
 def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
