@@ -60,6 +60,12 @@ class Case:
             raise unknown("dtype", self.dtype, get_args(DType))
 
     @property
+    def trains(self) -> bool:
+        """Whether nobody attacks: clients train for ``steps`` updates of ``batch`` images on average."""
+        attack = ATTACKS.entries.get(self.attack.name)
+        return attack is not None and "trains" in attack.facts
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of the private images, ``(image, channel, height, width)``."""
         return self.batch, self.channels, self.resolution, self.resolution

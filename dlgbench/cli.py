@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     table = _command(commands, "table", tables, "print the leaderboards of finished runs")
     table.add_argument("plans", nargs="*", metavar="PLAN", help="only these plans' tables")
     table.add_argument("--format", choices=("rich", "md", "csv", "tex"), default="rich", help="default: rich")
+    _recommend_arguments(
+        _command(commands, "recommend", recommend, "name the cheapest defense that prevents the leak")
+    )
     show = _command(commands, "show", show_record, "show everything that is known of one trial")
     show.add_argument("id", metavar="ID", help="the record's id, or its first digits")
     measure = _command(commands, "bench", bench, "measure the engine beside a textbook loop")
@@ -152,6 +155,25 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="repeat all trials")
 
 
+def _recommend_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--max-accuracy-loss",
+        type=_share,
+        default=0.02,
+        metavar="SHARE",
+        help="accuracy that it may cost, by the upper end of the interval (default: 0.02)",
+    )
+    add(
+        "--max-recovery",
+        type=_share,
+        default=0.2,
+        metavar="SHARE",
+        help="trials that may be recovered, by the upper end of the interval (default: 0.2)",
+    )
+    add("--network", metavar="NAME", help="of this network only")
+
+
 def run(options: argparse.Namespace) -> int:
     """``dlgbench run``."""
     return _with_torch("session", options)
@@ -179,6 +201,13 @@ def tables(options: argparse.Namespace) -> int:
         )
     views.print_tables(_console(options), store, wanted, "json" if options.json else options.format)
     return exits.OK
+
+
+def recommend(options: argparse.Namespace) -> int:
+    """``dlgbench recommend``."""
+    from dlgbench import recommend
+
+    return recommend.run(options, _console(options))
 
 
 def show_record(options: argparse.Namespace) -> int:
@@ -238,6 +267,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text!r}")
+    return share
 
 
 def _minutes(text: str) -> float:

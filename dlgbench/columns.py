@@ -1,11 +1,16 @@
-"""The columns of a table: rows → texts, and which of them fit a terminal."""
+"""The columns of tables: rows → texts, and which of them fit a terminal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from rich import filesize
 
 from dlgbench.leaderboard import Row
+from dlgbench.tradeoff import Rate, Tradeoff
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,8 @@ class Column:
     title: str
     meaning: str
     rank: int
-    show: Callable[[Row], str]
+    show: Callable[[Any], str]
+    """The text of one row."""
     is_text: bool = False
     width: int = 40
     """Characters at most on a terminal; longer texts wrap."""
@@ -28,10 +34,29 @@ def _number(value: float | None, pattern: str) -> str:
 def _rate(row: Row) -> str:
     if row.reason:
         return "skipped"
-    if not row.attack:
+    return _share(row) if row.attack else "–"
+
+
+def _share(rate: Row | Rate | None) -> str:
+    if rate is None:
         return "–"
-    low, high = row.interval
-    return f"{row.recovered}/{row.trials} [{100 * low:.0f}–{100 * high:.0f} %]"
+    low, high = rate.interval
+    return f"{rate.recovered}/{rate.trials} [{100 * low:.0f}–{100 * high:.0f} %]"
+
+
+def _points(row: Tradeoff) -> str:
+    if row.lost is None:
+        return "–"
+    half = (row.lost_interval[1] - row.lost) if row.lost_interval else math.nan
+    return f"{100 * row.lost:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+
+
+def _bytes(size: float | None) -> str:
+    return "–" if size is None else filesize.decimal(round(size))
+
+
+def _missing(row: Tradeoff) -> str:
+    return f"partial: {row.trials} of {row.planned}" if row.partial else row.reason
 
 
 def _trouble(row: Row) -> str:
@@ -77,7 +102,38 @@ COLUMNS = (
     Column("dtype", "of images, weights and gradients", 0, lambda row: row.dtype, True),
     Column("failures", "what went wrong; all of it counts in the denominators", 1, _trouble, True, 18),
 )  # fmt: skip
+TRADEOFFS = (
+    Column("network", "with every option that is not its default", 0, lambda row: row.name, True),
+    Column("defense", "what the client does before it shares", 0, lambda row: row.defense, True),
+    Column("data", "what is attacked and what is trained on", 0, lambda row: row.dataset, True),
+    Column("B", "images per gradient that is attacked", 1, lambda row: str(row.batch)),
+    Column("ε", "privacy loss of the training, where the defence has one", 1,
+           lambda row: _number(row.epsilon, ".3g")),
+    Column("δ", "probability that the privacy loss is larger", 5, lambda row: _number(row.delta, ".0e")),
+    Column("naive", "trials whose every image was recovered by an attack that does not know the defence, "
+           "95 % Wilson interval", 0, lambda row: _share(row.naive)),
+    Column("adaptive", "the same of an attack that knows the defence and its parameters", 0,
+           lambda row: _share(row.adaptive)),
+    Column("PSNR", "dB, of the stronger of the two, median over all trials", 3,
+           lambda row: _number(row.psnr, ".1f")),
+    Column("labels", "share of the private labels that it found", 3,
+           lambda row: _number(row.label_accuracy, ".0%")),
+    Column("accuracy", "on images kept back, after training with the defence at every update, mean", 2,
+           lambda row: _number(row.accuracy, ".1%")),
+    Column("lost", "points of accuracy less than without defence, 95 % interval of Student's t", 0, _points),
+    Column("sent", "by a client in one update", 4, lambda row: _bytes(row.update_bytes)),
+    Column("ms", "milliseconds an update, median", 4,
+           lambda row: "–" if row.update_seconds is None else f"{1000 * row.update_seconds:.1f}"),
+    Column("slower", "times the milliseconds of an update without a defence", 4,
+           lambda row: _number(row.slower, ".1f")),
+    Column("missing", "what could not be measured, and why", 1, _missing, True, 18),
+)  # fmt: skip
 _HOISTED = ("attack", "defense", "data", "dtype")
+
+
+def of(rows: Sequence[Row | Tradeoff]) -> Sequence[Column]:
+    """The columns of a leaderboard's rows, or of trade-offs."""
+    return TRADEOFFS if rows and isinstance(rows[0], Tradeoff) else COLUMNS
 
 
 @dataclass(frozen=True)
@@ -89,14 +145,15 @@ class Grid:
     shared: dict[str, str]
 
 
-def grid(found: Sequence[Row]) -> Grid:
+def grid(found: Sequence[Row | Tradeoff]) -> Grid:
     """The texts of ``found``, without the columns in which nothing stands or which all rows share."""
-    texts = [[column.show(row) for column in COLUMNS] for row in found]
-    values = [{line[i] for line in texts} - {"", "–"} for i in range(len(COLUMNS))]
-    hoisted = [column.title in _HOISTED and len(values[i]) == 1 for i, column in enumerate(COLUMNS)]
-    keep = [i for i in range(len(COLUMNS)) if values[i] and not hoisted[i]]
-    shared = {COLUMNS[i].title: next(iter(values[i])) for i in range(len(COLUMNS)) if hoisted[i]}
-    return Grid([COLUMNS[i] for i in keep], [[line[i] for i in keep] for line in texts], shared)
+    columns = of(found)
+    texts = [[column.show(row) for column in columns] for row in found]
+    values = [{line[i] for line in texts} - {"", "–"} for i in range(len(columns))]
+    hoisted = [column.title in _HOISTED and len(values[i]) == 1 for i, column in enumerate(columns)]
+    keep = [i for i in range(len(columns)) if values[i] and not hoisted[i]]
+    shared = {columns[i].title: next(iter(values[i])) for i in range(len(columns)) if hoisted[i]}
+    return Grid([columns[i] for i in keep], [[line[i] for i in keep] for line in texts], shared)
 
 
 def fitting(whole: Grid, width: int) -> Grid:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dlgbench.case import Case
 from dlgbench.records import Record
-from dlgbench.registry import ATTACKS, NETWORKS
+from dlgbench.registry import ATTACKS, DEFENSES, NETWORKS
 from dlgbench.text import printable
 
 COLOURS = {"exact": "green", "recognisable": "green", "partial": "yellow", "failed": "red"}
@@ -22,14 +22,22 @@ COLOURS = {"exact": "green", "recognisable": "green", "partial": "yellow", "fail
 def label(case: Case) -> str:
     """A case in a few words."""
     return printable(
-        f"{NETWORKS.brief(case.network)} {ATTACKS.brief(case.attack)} "
+        f"{NETWORKS.brief(case.network)} {ATTACKS.brief(case.attack)} {_defense(case)}"
         f"{case.dataset.name}[{case.image}] seed {case.seed}"
     )
+
+
+def _defense(case: Case) -> str:
+    return "" if case.defense.name == "none" else f"{DEFENSES.brief(case.defense)} "
 
 
 def verdict(record: Record) -> Text:
     """How a trial ended, in a line."""
     style = COLOURS[record.outcome] if record.images else "yellow" if record.status == "skipped" else "red"
+    if record.utility and record.status == "done":
+        return Text(
+            f"accuracy {record.utility['accuracy']:.1%}, {record.cost['seconds']:.0f} s", style="green"
+        )
     text = Text(record.outcome if record.status == "done" else record.status, style=style)
     if record.images:
         psnr = sum(image["psnr"] for image in record.images) / len(record.images)

@@ -11,6 +11,7 @@ from typing import Any
 from dlgbench import networks, victims
 from dlgbench.case import Case
 from dlgbench.datasets import PREPARATIONS, Dataset
+from dlgbench.defenses import Defense
 from dlgbench.errors import Unsuitable, UsageError, unknown
 from dlgbench.images import digest
 from dlgbench.plan import Plan
@@ -57,10 +58,8 @@ def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: 
     if not cases:
         wanted = ", ".join(f"{path}={'|'.join(values)}" for path, values in only.items())
         raise UsageError(f"plan {plan.name!r}: expected at least one case with {wanted}, got none")
-    for defense in {case.defense for case in cases}:
-        DEFENSES.make(defense)  # factories check what names and types cannot tell
     for case in cases:
-        why_not(case, data)
+        why_not(case, data)  # factories check what names and types cannot tell
     return Manifest(plan.name, plan.title, profile, cases)
 
 
@@ -71,16 +70,23 @@ def why_not(case: Case, data: Data) -> str | None:
     known = data(case.dataset).classes
     if known is not None and known > case.classes:
         return f"{case.dataset} has {known} classes, more than the network's {case.classes}"
-    if case.epochs and known is None:
-        return f"{case.dataset} has no classes to train for: epochs must be 0"
+    if (case.epochs or case.trains) and known is None:
+        return f"{case.dataset} has no classes to train for: epochs must be 0, and attack not none"
     if case.epochs and len(data(case.dataset)) <= case.batch:
         return f"{case.dataset} has no images but the private ones to train on: epochs must be 0"
+    defense: Defense = DEFENSES.make(case.defense)
+    if case.batch < defense.least:
+        return f"{case.defense} needs a batch of {defense.least} images or more, got {case.batch}"
+    if refused := defense.refusal(case.trains):
+        return f"{case.defense}: {refused}"
     return _refusal(case.network, case.shape, case.classes)
 
 
 def most_seconds(case: Case) -> float:
     """An upper estimate on two CPU cores, from the network's time per closure at its own size."""
     facts = NETWORKS.entry(case.network.name).facts
+    if case.trains:
+        return float(case.steps) * float(facts["closure_seconds"])
     size = case.batch * case.resolution**2 / (facts["batch"] * facts["resolution"] ** 2)
     return float(case.starts * case.steps * LARGEST_STEP * facts["closure_seconds"] * max(size, 0.5))
 

@@ -66,6 +66,11 @@ class Row:
     """Why all trials were skipped."""
 
     @property
+    def trivial(self) -> bool:
+        """Whether it is a baseline that nobody attacked for."""
+        return not self.attack
+
+    @property
     def partial(self) -> bool:
         """Whether planned trials are missing: such a row is in no leaderboard."""
         return self.trials < self.planned
@@ -95,10 +100,11 @@ def rows(records: Iterable[Record], planned: Mapping[Key, int] | None = None) ->
 
 def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Row]:
     """The rows of one plan as it was run; a configuration with missing trials is partial."""
-    planned = Counter(key(case) for case in manifest.cases)
-    found = [records[case.id] for case in manifest.cases if case.id in records]
+    attacked = [case for case in manifest.cases if not case.trains]
+    planned = Counter(key(case) for case in attacked)
+    found = [records[case.id] for case in attacked if case.id in records]
     begun = {key(record.case) for record in found}
-    absent = {key(case): case for case in manifest.cases if key(case) not in begun}
+    absent = {key(case): case for case in attacked if key(case) not in begun}
     return rows(found, planned) + [Row(**_described(case), planned=planned[k]) for k, case in absent.items()]
 
 

@@ -6,6 +6,7 @@ Every tensor of the two named tuples has a leading ``case`` dimension: one row p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,28 @@ def gradients(
 
     gradient: Tensors = torch.func.grad(loss)(weights)
     return gradient
+
+
+@dataclass(frozen=True)
+class Client:
+    """One who has this network, with these weights and buffers, and can tell the gradient of its loss."""
+
+    network: Network
+    weights: Tensors
+    buffers: Tensors
+
+    @property
+    def head(self) -> str:
+        """The name of the linear layer that gives the logits."""
+        return self.network.head
+
+    def gradient(self, images: Tensor, labels: Tensor, weights: Tensors | None = None) -> Tensors:
+        """`gradients`, at other ``weights`` if given."""
+        return gradients(self.network, weights or self.weights, self.buffers, images, labels)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What enters the head, ``(image, feature)``, differentiable in ``images``."""
+        return inputs(self.network, self.weights, self.buffers, images, [self.head])[self.head]
 
 
 def forward(network: Network, weights: Tensors, buffers: Tensors, images: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import textwrap
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tokenize import TokenError
@@ -61,11 +61,16 @@ class Group:
 
 def draw(records: Sequence[Record], pictures: Path, folder: Path) -> list[Path]:
     """Write every plot into ``folder``; ``pictures/ID.npz`` holds the arrays of a trial that has any."""
+    return write_all(figures(grouped(records), pictures), folder)
+
+
+def write_all(named: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
+    """Write figures, which are drawn one by one, by their names."""
     paths = []
     # A user's matplotlibrc must not change a view; letters that the font lacks are drawn as boxes.
     with style.context([STYLE], after_reset=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        for name, figure in figures(grouped(records), pictures):
+        for name, figure in named:
             figure.savefig(file := io.BytesIO(), format="png", metadata={"Software": None})
             paths.append(folder / f"{name}.png")
             write(paths[-1], file.getvalue())
@@ -91,7 +96,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
     """The trials (skipped cases are none) by everything but image and seed, networks as registered."""
     found: dict[Case, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.case.image, record.case.seed)):
-        if record.status != "skipped":
+        if record.status != "skipped" and not record.case.trains:
             found.setdefault(replace(record.case, image=0, seed=0, data=""), []).append(record)
     known = {name: i for i, name in enumerate(NETWORKS.entries)}
     cases = sorted(found, key=lambda case: (
@@ -148,9 +153,9 @@ def read(record: Record, pictures: Path) -> list[Array] | None:
 def mse_plot(group: Group) -> Figure:
     """MSE against step: every trial that has a curve, their median and the grey image."""
     case, rows = group.trials[0].case, curves(group.trials)
-    about = [f"{name} {_plain(_short(ROOMS[name].brief(getattr(case, name)), 50))}" for name in [*ROOMS][1:]]
+    about = [f"{name} {plain(short(ROOMS[name].brief(getattr(case, name)), 50))}" for name in [*ROOMS][1:]]
     about += [f"{case.steps} steps", f"trials: {len(group.trials)}"]
-    figure, _ = _page(800, f"{group.label}: MSE against step", ", ".join(about))
+    figure, _ = page_of(800, f"{group.label}: MSE against step", ", ".join(about))
     axes = _chart(figure, WIDTH - 180, rows)
     axes.plot(np.median(rows, axis=0), color=group.colour, lw=2.8, zorder=3, label=f"median of {len(rows)}")
     for lost, colour, text in ((True, PALE, group.tally), (False, group.colour, "partial or better")):
@@ -168,7 +173,7 @@ def mse_plot(group: Group) -> Figure:
 def mse_all(groups: Sequence[Group]) -> Figure:
     """The median MSE of every group against step, in a band from quartile to quartile."""
     about = "Median over all trials of a network, failed ones included, in a band from quartile to quartile"
-    figure, _ = _page(max(800, 260 + 70 * len(groups)), "All networks: MSE against step", about)
+    figure, _ = page_of(max(800, 260 + 70 * len(groups)), "All networks: MSE against step", about)
     quartiles = [np.percentile(curves(group.trials), [25, 50, 75], axis=0) for group in groups]
     axes, lengths = _chart(figure, 980, np.hstack(quartiles)), [rows.shape[1] for rows in quartiles]
     for i in sorted(range(len(groups)), key=lambda i: -quartiles[i][1, -1]):
@@ -176,7 +181,7 @@ def mse_all(groups: Sequence[Group]) -> Figure:
         end = f"{middle[-1]:.1e} after {lengths[i] - 1} steps (n = {len(curves(group.trials))})"
         axes.fill_between(np.arange(lengths[i]), low, high, color=group.colour, alpha=0.13, linewidth=0)
         axes.plot(middle, group.dashes, color=group.colour, lw=2.4, marker="o", markevery=[-1],
-                  label=f"{_plain(_short(group.label, 32))}\n{end}")  # fmt: skip
+                  label=f"{plain(short(group.label, 32))}\n{end}")  # fmt: skip
     if max(lengths) > 4 * min(lengths):  # else the short ones would be a dot in the corner
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter("{x:.0f}")
@@ -194,7 +199,7 @@ def evolution(group: Group, record: Record, arrays: Sequence[Array]) -> Figure:
     columns, rows = [*arrays[2], arrays[1][0], arrays[0][0]], min(record.case.batch, MOST_ROWS)
     heads = [*(f"step {step}" for step in arrays[3]), "reconstruction", "private"]
     side = min(240, (WIDTH - 2 * MARGIN - GAP) // len(columns) - GAP)
-    figure, page = _page(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
+    figure, page = page_of(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
     for column, (images, head) in enumerate(zip(columns, heads, strict=True)):
         x = MARGIN + column * (side + GAP) + 2 * GAP * (column >= len(arrays[3]))
         page.text(x + side / 2, 164, head, ha="center", va="bottom", size=8)
@@ -207,11 +212,11 @@ def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
     """Private beside reconstruction: a row per group, its first trials in order of image and seed."""
     about = (f"Left the private image, right its reconstruction: the first {MOST_TRIALS} trials by image and "
              "seed, none picked,\nfailures included; of a batch the first image.")  # fmt: skip
-    figure, page = _page(140 + 190 * len(groups), "Private images and their reconstructions", about)
+    figure, page = page_of(140 + 190 * len(groups), "Private images and their reconstructions", about)
     for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
-        words = re.sub("[:,](?! )", r"\g<0> ", _short(group.label, 76))
+        words = re.sub("[:,](?! )", r"\g<0> ", short(group.label, 76))
         words = " ".join(word.replace("=", "= ") if len(word) > 20 else word for word in words.split())
-        name = "\n".join(map(_plain, textwrap.wrap(words, 20)))
+        name = "\n".join(map(plain, textwrap.wrap(words, 20)))
         page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", size=9)
         page.text(MARGIN, y + 106, group.tally.replace(" (", "\n("), color=MUTED, va="top", size=8)
         for x, record in zip(range(270, WIDTH, 220), group.trials[:MOST_TRIALS], strict=False):
@@ -224,12 +229,12 @@ def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
     return figure
 
 
-def _page(height: int, title: str, about: str) -> tuple[Figure, Axes]:
+def page_of(height: int, title: str, about: str) -> tuple[Figure, Axes]:
     """A figure, and axes over all of it, in pixels from its top left corner."""
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI)
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
     page.set_axis_off()
-    page.text(MARGIN, 24, _plain(_short(title, 90)), va="top", size=13, weight="bold")
+    page.text(MARGIN, 24, plain(short(title, 90)), va="top", size=13, weight="bold")
     page.text(MARGIN, 66, about, va="top", color=MUTED)
     return figure, page
 
@@ -243,10 +248,10 @@ def _chart(figure: Figure, width: int, values: Array) -> Axes:
     return axes
 
 
-def _short(text: str, most: int) -> str:
+def short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text of others, without mathtext and characters that cannot be drawn."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text).replace("$", r"\$")

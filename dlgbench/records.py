@@ -45,6 +45,8 @@ class Record:
     convergence_step: int | None = None
     closures: int = 0
     history: dict[str, list[float | None]] = field(default_factory=dict)
+    utility: dict[str, Any] = field(default_factory=dict)
+    """Where nobody attacks: the accuracy of what was trained, and the cost of an update."""
     cost: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 

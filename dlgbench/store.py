@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlgbench import leaderboard, records, render
+from dlgbench import records, render, tradeoff
 from dlgbench.case import Case
 from dlgbench.errors import UsageError
 from dlgbench.records import Manifest, Record
@@ -73,14 +73,19 @@ class Store:
         return self.root / "plots" / manifest.name
 
     def _tables(self, manifest: Manifest, forms: Iterable[str]) -> list[tuple[Path, str]]:
-        rows = leaderboard.table(manifest, self.load(manifest.cases)[0])
+        sheets = render.sheets(manifest, self.load(manifest.cases)[0])
         folder = self.root / "tables"
-        return [(folder / f"{manifest.name}.{f}", render.FORMATS[f](manifest.heading, rows)) for f in forms]
+        return [
+            (folder / f"{manifest.name}{suffix}.{form}", render.FORMATS[form](*sheet))
+            for suffix, sheet in sheets.items()
+            for form in forms
+        ]
 
     def plot(self, manifest: Manifest) -> list[Path]:
         """Draw the plan's plots."""
-        from dlgbench import plots  # matplotlib takes half a second
+        from dlgbench import pareto, plots  # matplotlib takes half a second
 
         found, _ = self.load(manifest.cases)
         ordered = [found[i] for i in manifest.ids if i in found]
-        return plots.draw(ordered, self.pictures, self._plots(manifest))
+        drawn = plots.draw(ordered, self.pictures, self._plots(manifest))
+        return drawn + plots.write_all(pareto.figures(tradeoff.table(manifest, found)), self._plots(manifest))

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from dlgbench import provenance
+from dlgbench import provenance, utility
 from dlgbench.attacks.base import Attack, Task
 from dlgbench.callbacks import Guard, Judge, Progress, Screen, TensorBoard, lowest
 from dlgbench.case import Case, stream
@@ -78,7 +78,8 @@ cases, the medians."""
 
 def call_width(case: Case, device: torch.device) -> int:
     """How many cases like this one a call of their closure takes."""
-    return width_for(case.batch * case.resolution**2, device)
+    together = 1 if case.trains else case.batch
+    return width_for(together * case.resolution**2, device)
 
 
 def most_closures(case: Case) -> int:
@@ -105,7 +106,10 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
     single trial becomes a record of the failure; for several it raises `Crowded`.
     """
     device = device_of(setup.accelerator)
+    provenance.exact_float32()
     try:
+        if cases[0].trains:
+            return [(record, b"") for record in utility.run(cases, dataset, device, setup.timeout, show)]
         return _run(cases, dataset, setup, device, show, waiting)
     except Exception as error:  # recorded as a failure, counted in every table, and the exit code is 1
         if len(cases) > 1:
@@ -116,7 +120,6 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
 def _run(
     cases: Sequence[Case], dataset: Dataset, setup: Setup, device: torch.device, show: Show, waiting: int
 ) -> list[Trial]:
-    provenance.exact_float32()
     secrets = [secret_of(case, dataset) for case in cases]
     networks = [trained_network_of(case, dataset) for case in cases]
     attack, leak = prepared(cases, networks, secrets, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dlgbench import datasets, networks
 from dlgbench.case import Case, stream
 from dlgbench.datasets import Dataset
-from dlgbench.leak import Leak, Secret, Tensors, gradients, statistics
+from dlgbench.leak import Client, Leak, Secret, Tensors, statistics
 from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 from dlgbench.training import train
@@ -35,8 +35,12 @@ def trained_network_of(case: Case, dataset: Dataset) -> Network:
     if not case.epochs:
         return network
     others = [i for i in range(len(dataset)) if i not in indices(case)]
-    images, labels = _prepared(case, dataset, others), torch.tensor([dataset.label(i) for i in others])
-    return train(network, images, labels, case.epochs, _generator(case, "training"))
+    return train(network, *labelled(case, dataset, others), case.epochs, _generator(case, "training"))
+
+
+def labelled(case: Case, dataset: Dataset, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Some images of a dataset that has classes, as the case's network takes them, and their classes."""
+    return _prepared(case, dataset, which), torch.tensor([dataset.label(i) for i in which])
 
 
 def indices(case: Case) -> range:
@@ -57,10 +61,9 @@ def leak_of(case: Case, network: Network, secret: Secret, device: torch.device =
     state = {name: tensor for name, tensor in network.named_buffers() if name.startswith("body.")}
     masks = {name: m.to(device) for name, m in network.draw_masks(_generator(case, "dropout")).items()}
     images, labels = secret.images[0].to(device), F.one_hot(secret.labels[0], case.classes).to(network.mean)
-    private = gradients(network, weights, {**state, **masks}, images, labels)
-    state |= statistics(network, weights, {**state, **masks}, images)
-    defend = DEFENSES.make(case.defense)
-    shared = defend(private, _generator(case, "defense"))
+    client, defense = Client(network, weights, {**state, **masks}), DEFENSES.make(case.defense)
+    shared = defense.seen(defense.update(client, images, labels, _generator(case, "defense")))
+    state |= statistics(network, weights, client.buffers, images)
     declared = {name: tensor for name, tensor in state.items() if name not in masks}
     return Leak(*map(_one_case, (weights, {**declared, **(masks if network.mask_known else {})}, shared)))
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import leaderboard, render
+from dlgbench import render
 from dlgbench.records import Manifest, Record
 from dlgbench.store import Store
 from dlgbench.text import printable
@@ -18,13 +18,13 @@ from dlgbench.text import printable
 
 def print_tables(console: Console, store: Store, manifests: Sequence[Manifest], form: str) -> None:
     """The plans' tables, one JSON list of them, and what is missing from them through damage."""
-    tables = []
+    tables: list[tuple[str, render.Rows]] = []
     for manifest in manifests:
         found, damaged = store.load(manifest.cases)
         for path, fault in damaged.items():
             told = f"{path}: damaged record left out ({fault}); run the plan again to repair it"
             Console(stderr=True).print(printable(told), style="yellow", markup=False, soft_wrap=True)
-        tables.append((manifest.heading, leaderboard.table(manifest, found)))
+        tables += render.sheets(manifest, found).values()
     if form == "rich":
         for title, rows in tables:
             console.print(render.rich_table(title, rows, console.width))

@@ -33,14 +33,14 @@ FLOORS: Sequence[set[str]] = (
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.spectral"},  # what adapts to defences builds upon it
     {"attacks.*", "victims", "leaderboard", "listing"},
-    {"callbacks", "columns", "plots"},
-    {"scoring"},
+    {"callbacks", "plots", "tradeoff", "utility"},
+    {"columns", "pareto", "scoring"},
     {"trial", "render", "report"},
     {"store", "display", "processes"},
     {"grid", "executors"},
     {"runner", "views"},
     {"measure"},
-    {"session", "bench"},
+    {"session", "bench", "recommend"},
     {"cli"},
     {"__main__"},
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlgbench.attacks.base import Task
+from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.attacks.spectral import CONTRAST, Spectral
-from dlgbench.leak import Leak, gradients
+from dlgbench.leak import Client, Leak
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
 
@@ -45,11 +45,16 @@ class Adaptive(Spectral):
         assert task.defense is not None
         self.defense = task.defense
 
+    def look(self, leak: Leak) -> None:
+        """Labels alone: what can be solved for amplifies noise and rounding from layer to layer."""
+        LabelsFirst.look(self, leak)
+
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """``(sum |expected(g) - shared|^2 / doubt^2 + |coefficients|^2) / pixels``, over the weights."""
         shared = {name: gradient for name, gradient in leak.gradients.items() if gradient.dim() > 1}
-        ours = gradients(self.soft, leak.weights, leak.buffers, images, labels.softmax(-1))
-        expected, doubt = self.defense.expected(ours, leak.gradients), self.defense.doubt(leak.gradients)
+        ours = Client(self.soft, leak.weights, leak.buffers)
+        expected = self.defense.expected(ours, images, labels.softmax(-1), leak.gradients)
+        doubt = self.defense.doubt(leak.gradients, len(images))
         terms = [
             ((expected[name] - gradient).square() / _variance(doubt[name], gradient)).sum()
             for name, gradient in shared.items()

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from dlgbench.closures import Closure, Values, width_for
 from dlgbench.labels import logits, recover
-from dlgbench.leak import Leak, Tensors, gradients, squared_distance, squared_norm
+from dlgbench.leak import Client, Leak, Tensors, gradients, squared_distance, squared_norm
 from dlgbench.prepare import Network
 
 
 class Foresight(Protocol):
     """What an attacker who knows a defence can tell of what it shares: see `dlgbench.defenses`."""
 
-    def expected(self, ours: Tensors, shared: Tensors) -> Tensors: ...
+    def expected(self, client: Client, images: Tensor, labels: Tensor, shared: Tensors) -> Tensors: ...
 
-    def doubt(self, shared: Tensors) -> Tensors: ...
+    def doubt(self, shared: Tensors, batch: int) -> Tensors: ...
 
 
 class Task(NamedTuple):

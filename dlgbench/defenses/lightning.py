@@ -7,19 +7,26 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from dlgbench.defenses import Defense, make
+from dlgbench.defenses import GradientDefense, make
+from dlgbench.errors import UsageError
 
 
 class DefendGradients(pl.Callback):
     """Applies a defence before every step of an optimiser: what the step sees is what a client would share.
 
-    ``defense`` is a `Defense` or its text, such as ``"prune:share=0.9"``.  Gradients are defended once a
-    step, after accumulation, unscaling and, on several devices, averaging; parameters without one are
+    ``defense`` is a `GradientDefense` or its text, such as ``"prune:share=0.9"``.  Gradients are defended
+    once a step, after accumulation, unscaling and, on several devices, averaging; parameters without one are
     left out.  The draws begin at ``seed`` and go on where a checkpoint ended.
     """
 
-    def __init__(self, defense: str | Defense, seed: int = 0) -> None:
-        self.defense = make(defense) if isinstance(defense, str) else defense
+    def __init__(self, defense: str | GradientDefense, seed: int = 0) -> None:
+        made = make(defense) if isinstance(defense, str) else defense
+        if not isinstance(made, GradientDefense):
+            raise UsageError(
+                f"DefendGradients: expected a defence of the whole gradient, got {defense}, which needs the "
+                "client's data: call its `update` in your training step"
+            )
+        self.defense = made
         self.generator = torch.Generator().manual_seed(seed)
 
     def on_before_optimizer_step(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlgbench.defenses.base import Defense, Tensors
+from dlgbench.defenses.base import GradientDefense, Tensors, flat, unflat
 from dlgbench.errors import UsageError
 from dlgbench.registry import DEFENSES
 
 
 @dataclass(frozen=True)
-class _Pruning(Defense):
+class _Pruning(GradientDefense):
     share: float
 
     def __post_init__(self) -> None:
@@ -21,6 +21,10 @@ class _Pruning(Defense):
             raise UsageError(
                 f"pruning: expected the share that is left out in [0, 1), got share={self.share}"
             )
+
+    def size(self, shared: Tensors) -> int:
+        """Of what is shared, and where: as a bit an entry, or a number of four bytes where that is less."""
+        return sum(_sparse(gradient) for gradient in shared.values())
 
     def pruned(self, values: Tensor) -> Tensor:
         """``values`` without the smallest share of them."""
@@ -45,7 +49,7 @@ class Prune(_Pruning):
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
         return {name: self.pruned(gradient) for name, gradient in gradients.items()}
 
-    def expected(self, ours: Tensors, shared: Tensors) -> Tensors:
+    def foreseen(self, ours: Tensors, shared: Tensors) -> Tensors:
         return {name: _beyond(ours[name], g, _smallest(g)) for name, g in shared.items()}
 
 
@@ -57,13 +61,16 @@ class TopK(_Pruning):
     share: float = 0.9
 
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
-        parts = self.pruned(torch.cat([gradient.flatten() for gradient in gradients.values()]))
-        split = torch.split(parts, [gradient.numel() for gradient in gradients.values()])
-        return {name: part.view_as(gradients[name]) for name, part in zip(gradients, split, strict=True)}
+        return unflat(self.pruned(flat(gradients)), gradients)
 
-    def expected(self, ours: Tensors, shared: Tensors) -> Tensors:
+    def foreseen(self, ours: Tensors, shared: Tensors) -> Tensors:
         smallest = torch.stack([_smallest(gradient) for gradient in shared.values()]).amin()
         return {name: _beyond(ours[name], gradient, smallest) for name, gradient in shared.items()}
+
+
+def _sparse(shared: Tensor) -> int:
+    count = int(shared.count_nonzero())
+    return count * shared.itemsize + min(-(-shared.numel() // 8), 4 * count)
 
 
 def _smallest(shared: Tensor) -> Tensor:

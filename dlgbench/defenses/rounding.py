@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dlgbench.defenses.base import Defense, Tensors
+from dlgbench.defenses.base import UNIFORM, GradientDefense, Tensors
 from dlgbench.registry import DEFENSES
 
 LEVELS = 127
 """Of int8 on either side of 0."""
 SOFTNESS = 0.1
 """How far from 0, in root mean squares, an attacker's sign is halfway: a sign has no derivative."""
-UNIFORM = 1 / math.sqrt(12)
-"""The standard deviation of what is rounded away, in units of the spacing."""
 
 
 @dataclass(frozen=True)
-class _Cast(Defense):
+class _Cast(GradientDefense):
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
         most = torch.finfo(self.format).max
         return {name: g.clamp(-most, most).to(self.format).to(g.dtype) for name, g in gradients.items()}
 
-    def doubt(self, shared: Tensors) -> Tensors:
+    def doubt(self, shared: Tensors, batch: int) -> Tensors:
         facts = torch.finfo(self.format)
 
         def spacing(value: Tensor) -> Tensor:  # below the smallest normal number it is as it is there
@@ -33,9 +31,13 @@ class _Cast(Defense):
 
         return {name: UNIFORM * spacing(gradient) for name, gradient in shared.items()}
 
+    def size(self, shared: Tensors) -> int:
+        return sum(gradient.numel() * self.format.itemsize for gradient in shared.values())
+
     @property
+    @abstractmethod
     def format(self) -> torch.dtype:
-        raise NotImplementedError
+        """In which numbers are sent."""
 
 
 @DEFENSES.register("fp16")
@@ -60,29 +62,37 @@ class BrainFloat(_Cast):
 
 @DEFENSES.register("int8")
 @dataclass(frozen=True)
-class Int8(Defense):
+class Int8(GradientDefense):
     """255 levels a tensor, evenly from minus to plus its largest magnitude, rounded to the nearest."""
 
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
         return {name: _rounded(gradient) for name, gradient in gradients.items()}
 
-    def doubt(self, shared: Tensors) -> Tensors:
+    def doubt(self, shared: Tensors, batch: int) -> Tensors:
         return {name: UNIFORM * gradient.abs().amax() / LEVELS for name, gradient in shared.items()}
+
+    def size(self, shared: Tensors) -> int:
+        """A byte an entry, and the spacing of every tensor."""
+        return sum(gradient.numel() + gradient.itemsize for gradient in shared.values())
 
 
 @DEFENSES.register("sign")
 @dataclass(frozen=True)
-class Sign(Defense):
+class Sign(GradientDefense):
     """Nothing but signs (Bernstein et al. 2018, "signSGD", algorithm 1)."""
 
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
         return {name: gradient.sign() for name, gradient in gradients.items()}
 
-    def expected(self, ours: Tensors, shared: Tensors) -> Tensors:
+    def foreseen(self, ours: Tensors, shared: Tensors) -> Tensors:
         return {name: _soft_sign(gradient) for name, gradient in ours.items()}
 
-    def doubt(self, shared: Tensors) -> Tensors:
+    def doubt(self, shared: Tensors, batch: int) -> Tensors:
         return {name: gradient.new_tensor(SOFTNESS) for name, gradient in shared.items()}
+
+    def size(self, shared: Tensors) -> int:
+        """A bit an entry."""
+        return sum(-(-gradient.numel() // 8) for gradient in shared.values())
 
 
 def _rounded(gradient: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""``dlgbench recommend``: the cheapest defence that prevents the leak, and why not the others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from rich import filesize
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dlgbench import exits, records, tradeoff
+from dlgbench.errors import UsageError
+from dlgbench.store import Store
+from dlgbench.text import printable
+from dlgbench.tradeoff import Rate, Tradeoff
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One defence of one network: whether it will do, and why."""
+
+    row: Tradeoff
+    will_do: bool
+    why: str
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Returns 1 where for some network no defence will do; raises UsageError where nothing was measured."""
+    found = measured(Store(options.out), options.network)
+    groups = [
+        judged(list(rows), options.max_accuracy_loss, options.max_recovery)
+        for _, rows in groupby(found, key=lambda row: (row.name, row.dataset))
+    ]
+    if options.json:
+        print(json.dumps([_plain(group) for group in groups], indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        for group in groups:
+            _print(console, group)
+    return exits.OK if all(best(group) for group in groups) else exits.FAILED
+
+
+def measured(store: Store, network: str | None) -> list[Tradeoff]:
+    """The trade-offs of all plans in the store, each configuration once."""
+    found: dict[Tradeoff, None] = {}
+    for manifest in records.manifests(store.plans):
+        found |= dict.fromkeys(tradeoff.table(manifest, store.load(manifest.cases)[0]))
+    rows = [row for row in found if network in (None, row.name, row.name.partition(":")[0])]
+    if not rows:
+        raise UsageError(
+            f"expected defences measured in {store.root}, got none"
+            + (f" of {network}" if network else "")
+            + "; run `dlgbench run defenses` or name another directory with --out"
+        )
+    return sorted(rows, key=lambda row: (row.name, row.dataset))
+
+
+def judged(rows: Sequence[Tradeoff], most_lost: float, most_recovered: float) -> list[Verdict]:
+    """All that will do, the cheapest first, then the others by what is recovered.
+
+    Cheaper is what takes less time an update, to a tenth of the undefended one's; then what sends less.
+    """
+    found = [_judge(row, most_lost, most_recovered) for row in rows]
+    cheapest = sorted((one for one in found if one.will_do), key=lambda one: _price(one.row))
+    return cheapest + sorted((one for one in found if not one.will_do), key=lambda one: _risk(one.row))
+
+
+def best(verdicts: Sequence[Verdict]) -> Tradeoff | None:
+    """The cheapest that will do."""
+    return next((verdict.row for verdict in verdicts if verdict.will_do), None)
+
+
+def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
+    strongest, lost = row.strongest, row.lost_interval[1] if row.lost_interval else row.lost
+    if row.adaptive is None or not row.adaptive.trials or strongest is None:
+        return Verdict(row, False, f"was not attacked by one who knows it{_because(row)}")
+    if row.partial or lost is None:
+        return Verdict(row, False, f"was not measured to the end{_because(row)}")
+    leak = _leak(strongest)
+    if strongest.interval[1] > most_recovered:
+        return Verdict(row, False, f"{leak}, more than {most_recovered:.0%}")
+    cost = f"costs at most {max(lost, 0):.1%} of accuracy"
+    if lost > most_lost:
+        return Verdict(row, False, f"{leak}, but it {cost}, more than {most_lost:.1%}")
+    time = f"takes {row.slower:.1f} times as long" if row.slower else "takes an unknown time"
+    sent = filesize.decimal(round(row.update_bytes or 0))
+    return Verdict(row, True, f"{leak}; it {cost}, {time} and sends {sent}")
+
+
+def _leak(rate: Rate) -> str:
+    return (
+        f"{rate.attack} recovered {rate.recovered} of {rate.trials}, which allows for {rate.interval[1]:.0%}"
+    )
+
+
+def _because(row: Tradeoff) -> str:
+    return f": {row.reason}" if row.reason else ""
+
+
+def _price(row: Tradeoff) -> tuple[Any, ...]:
+    return round(row.slower or 0, 1), row.update_bytes, row.defense, row.batch
+
+
+def _risk(row: Tradeoff) -> tuple[Any, ...]:
+    rate = row.strongest
+    return rate.interval[1] if rate else 2, row.defense, row.batch
+
+
+def _print(console: Console, verdicts: Sequence[Verdict]) -> None:
+    chosen, one = best(verdicts), verdicts[0].row
+    head = f"{one.name} on {one.dataset}: "
+    head += _called(chosen) if chosen else "no defence that was measured will do"
+    console.print(Text(printable(head), style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for verdict in verdicts:
+        style = "green" if verdict.will_do else "default"
+        table.add_row(Text(printable(_called(verdict.row)), style=style), Text(printable(verdict.why)))
+    console.print(table, "")
+
+
+def _called(row: Tradeoff) -> str:
+    return row.defense + (f", {row.batch} images" if row.batch > 1 else "")
+
+
+def _plain(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    chosen = best(verdicts)
+    return {
+        "network": verdicts[0].row.name,
+        "dataset": verdicts[0].row.dataset,
+        "recommended": chosen and {"defense": chosen.defense, "batch": chosen.batch},
+        "verdicts": [{**asdict(one.row), "will_do": one.will_do, "why": one.why} for one in verdicts],
+    }

@@ -1,0 +1,174 @@
+"""Records → what every defence prevents and what it costs, each scored by the strongest attack it met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+from scipy.special import stdtrit
+
+from dlgbench import leaderboard
+from dlgbench.case import Case
+from dlgbench.leaderboard import Row
+from dlgbench.records import Manifest, Record
+from dlgbench.registry import ATTACKS, DEFENSES, NETWORKS
+from dlgbench.text import printable
+
+Key = tuple[Any, ...]
+SAME = ("network", "dataset", "defense", "resolution", "preparation", "channels", "classes", "dtype")
+"""The fields in which what is attacked and what is trained must agree."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many trials of an attack recovered every image, with the 95 % Wilson interval."""
+
+    attack: str
+    recovered: int
+    trials: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One network with one defence.  None is what was not measured or does not exist."""
+
+    name: str
+    defense: str
+    dataset: str
+    batch: int
+    naive: Rate | None = None
+    """Of the strongest attack that does not know of the defence."""
+    adaptive: Rate | None = None
+    """Of the strongest that does."""
+    psnr: float | None = None
+    """Of the stronger of the two, as `leaderboard.Row`'s; so are the labels."""
+    label_accuracy: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    accuracy: float | None = None
+    """Of what was trained with it, on images kept back, the mean over seeds."""
+    lost: float | None = None
+    """How much less that is than without a defence, the mean over pairs of the same seed."""
+    lost_interval: tuple[float, float] | None = None
+    """The 95 % interval of Student's t."""
+    trainings: int = 0
+    update_seconds: float | None = None
+    slower: float | None = None
+    """How many times as long an update takes as without a defence."""
+    update_bytes: float | None = None
+    trials: int = 0
+    planned: int = 0
+    reason: str = ""
+    """Why something was skipped."""
+
+    trivial = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether planned trials are missing."""
+        return self.trials < self.planned
+
+    @property
+    def strongest(self) -> Rate | None:
+        """What the defence is scored by: the attack with the higher rate, if any ran."""
+        rates = [rate for rate in (self.naive, self.adaptive) if rate and rate.trials]
+        return max(rates, key=lambda rate: rate.recovered / rate.trials, default=None)
+
+
+def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Tradeoff]:
+    """One row per network, batch and defence, by what is recovered least; empty where nothing was trained."""
+    trained: dict[Key, list[Case]] = {}
+    attacked: dict[Key, list[Case]] = {}
+    for case in manifest.cases:
+        groups, batch = (trained, 0) if case.trains else (attacked, case.batch)
+        groups.setdefault((*subject(case), batch), []).append(case)
+    found = [_tradeoff(group, trained, records) for group in attacked.values() if trained]
+    return sorted(found, key=_rank)
+
+
+def subject(case: Case, **changes: Any) -> Key:
+    """What an attack and a training have in common, with some fields changed."""
+    return tuple(str(changes.get(name, getattr(case, name))) for name in SAME)
+
+
+def _tradeoff(
+    cases: Sequence[Case], trained: Mapping[Key, Sequence[Case]], records: Mapping[str, Record]
+) -> Tradeoff:
+    def recorded(some: Sequence[Case]) -> list[Record]:
+        return [records[case.id] for case in some if case.id in records]
+
+    case, ran = cases[0], recorded(cases)
+    rows = [row for row in leaderboard.rows(ran) if row.attack]
+    known = {True: _strongest(rows, adaptive=True), False: _strongest(rows, adaptive=False)}
+    best = max(filter(None, known.values()), key=_strength, default=None)
+    training = trained.get((*subject(case), 0), [])
+    plain = trained.get((*subject(case, defense=DEFENSES.spec("none")), 0), [])
+    costs = recorded(training)
+    reasons = [printable(record.reason) for record in (*ran, *costs) if record.status == "skipped"]
+    return Tradeoff(
+        name=printable(NETWORKS.brief(case.network)), defense=printable(DEFENSES.brief(case.defense)),
+        dataset=case.dataset.name, batch=case.batch,
+        naive=_rate(known[False]), adaptive=_rate(known[True]),
+        psnr=best.psnr if best else None, label_accuracy=best.label_accuracy if best else None,
+        **_cost(costs, recorded(plain)),
+        trials=len(ran) + len(costs), planned=len(cases) + len(training),
+        reason=next(iter(reasons), ""),
+    )  # fmt: skip
+
+
+def _strongest(rows: Iterable[Row], adaptive: bool) -> Row | None:
+    def adapts(row: Row) -> bool:
+        return "adaptive" in ATTACKS.entry(row.attack.partition(":")[0].partition(" ")[0]).facts
+
+    return max(
+        (row for row in rows if adapts(row) == adaptive and not row.reason), key=_strength, default=None
+    )
+
+
+def _strength(row: Row) -> Key:
+    return row.recovered / row.trials, -math.inf if row.psnr is None else row.psnr
+
+
+def _rate(row: Row | None) -> Rate | None:
+    return Rate(row.attack, row.recovered, row.trials, row.interval) if row else None
+
+
+def _cost(defended: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
+    """The fields of a `Tradeoff` that tell what ``defended`` costs beside ``plain`` trainings."""
+    ours, theirs = ({r.case.seed: r.utility for r in some if r.utility} for some in (defended, plain))
+    if not ours:
+        return {}
+    lost = [theirs[seed]["accuracy"] - ours[seed]["accuracy"] for seed in ours if seed in theirs]
+    seconds, without = (_middle(some.values(), "update_seconds") for some in (ours, theirs))
+    one = next(iter(ours.values()))
+    return {
+        "accuracy": fmean(each["accuracy"] for each in ours.values()), "trainings": len(ours),
+        "lost": fmean(lost) if lost else None, "lost_interval": interval(lost),
+        "update_seconds": seconds, "slower": seconds / without if seconds and without else None,
+        "update_bytes": _middle(ours.values(), "update_bytes"),
+        "epsilon": one["epsilon"], "delta": one["delta"],
+    }  # fmt: skip
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean (Student 1908), None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def _middle(costs: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    known = [cost[name] for cost in costs if cost[name] is not None]
+    return median(known) if known else None
+
+
+def _rank(row: Tradeoff) -> Key:
+    best = row.strongest
+    rate = best.recovered / best.trials if best else math.inf
+    lost = math.inf if row.lost is None else row.lost
+    return row.name, row.batch, rate, lost, row.defense

@@ -1,0 +1,292 @@
+"""What defences prevent and cost: rows, recommendations and plots from records that are made up."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from scipy.stats import t as student
+
+from dlgbench import cli, exits, pareto, plots, recommend, render, tradeoff
+from dlgbench.case import Case
+from dlgbench.leaderboard import wilson
+from dlgbench.records import Manifest, Record
+from dlgbench.registry import ATTACKS, DEFENSES
+from dlgbench.store import Store
+from dlgbench.tradeoff import Rate, Tradeoff
+
+from .clients import case
+
+ATTACKED = case(dataset="digits", attack="spectral", channels=1, classes=10, dtype="float32", steps=20)
+TRAINED = replace(ATTACKED, attack=ATTACKS.spec("none"), batch=32, steps=450)
+
+
+def attacked(defense: str, attack: str, outcomes: list[str], **changes: Any) -> list[Record]:
+    """A trial per outcome, the seed its place."""
+    one = replace(ATTACKED, attack=ATTACKS.spec(attack), defense=DEFENSES.spec(defense), **changes)
+    return [
+        Record(
+            case=replace(one, seed=seed),
+            status="done",
+            outcome=outcome,
+            images=({"psnr": 30.0 if outcome == "exact" else 5.0, "label": 1, "label_found": 1},),
+        )
+        for seed, outcome in enumerate(outcomes)
+    ]
+
+
+def trained(defense: str, accuracies: list[float], milliseconds: float = 2.0, **changes: Any) -> list[Record]:
+    one = replace(TRAINED, defense=DEFENSES.spec(defense))
+    whole = {"update_seconds": milliseconds / 1000, "update_bytes": 400, "epsilon": None, "delta": None}
+    return [
+        Record(case=replace(one, seed=seed), status="done", utility={"accuracy": value, **whole, **changes})
+        for seed, value in enumerate(accuracies)
+    ]
+
+
+def rows(*groups: list[Record], absent: tuple[Case, ...] = ()) -> list[Tradeoff]:
+    records = [record for group in groups for record in group]
+    manifest = Manifest("defenses", "t", "quick", (*(record.case for record in records), *absent))
+    return tradeoff.table(manifest, {record.case.id: record for record in records})
+
+
+SOME = (
+    attacked("none", "spectral", ["exact"] * 20), attacked("none", "adaptive", ["exact"] * 19 + ["failed"]),
+    trained("none", [0.90, 0.92, 0.94]),
+    attacked("noise", "spectral", ["failed"] * 20),
+    attacked("noise", "adaptive", ["exact"] * 5 + ["failed"] * 15),
+    trained("noise", [0.88, 0.89, 0.93], 4.0),
+    attacked("dpsgd", "spectral", ["failed"] * 20), attacked("dpsgd", "adaptive", ["failed"] * 20),
+    trained("dpsgd", [0.60, 0.70, 0.65], 20.0, epsilon=2.5, delta=1e-5),
+    attacked("prune", "spectral", ["failed"] * 20), attacked("prune", "adaptive", ["failed"] * 20),
+    trained("prune", [0.899, 0.919, 0.939], 2.2, update_bytes=100),
+    attacked("sign", "spectral", ["failed"] * 20), attacked("sign", "adaptive", ["failed"] * 20),
+    trained("sign", [0.901, 0.921, 0.941], 2.1, update_bytes=12),
+)  # fmt: skip
+
+
+def by_name(found: list[Tradeoff]) -> dict[str, Tradeoff]:
+    return {row.defense: row for row in found}
+
+
+def test_a_defence_is_scored_by_the_stronger_attack_with_the_naive_one_beside_it() -> None:
+    found = by_name(rows(*SOME))
+    noise = found["noise"]
+    assert noise.naive == Rate("spectral", 0, 20, wilson(0, 20))
+    assert noise.adaptive == noise.strongest == Rate("adaptive", 5, 20, wilson(5, 20))
+    assert found["none"].strongest == found["none"].naive == Rate("spectral", 20, 20, wilson(20, 20))
+    assert (found["none"].psnr, noise.psnr) == (30.0, 5.0)
+
+
+def test_what_is_lost_is_paired_by_seed() -> None:
+    noise = by_name(rows(*SOME))["noise"]
+    lost = np.array([0.02, 0.03, 0.01])
+    assert noise.accuracy == pytest.approx(0.9)
+    assert noise.lost == pytest.approx(lost.mean())
+    wanted = student.interval(0.95, 2, lost.mean(), lost.std(ddof=1) / np.sqrt(3))
+    assert noise.lost_interval == pytest.approx(wanted)
+    assert (noise.trainings, noise.update_bytes) == (3, 400)
+    assert noise.slower == pytest.approx(2.0)
+    alone = by_name(rows(*SOME[:2], trained("none", [0.9])))["none"]
+    assert alone.lost_interval is None
+
+
+def test_rows_go_from_the_safest_to_the_leakiest() -> None:
+    found = [row.defense for row in rows(*SOME)]
+    assert found == ["sign", "prune", "dpsgd", "noise", "none"]
+
+
+def test_privacy_loss_is_told_where_there_is_one() -> None:
+    found = by_name(rows(*SOME))
+    assert (found["dpsgd"].epsilon, found["dpsgd"].delta) == (2.5, 1e-5)
+    assert found["noise"].epsilon is None
+
+
+def test_missing_trials_and_trainings_make_a_row_partial() -> None:
+    missing = replace(SOME[4][0].case, seed=99)
+    assert by_name(rows(*SOME, absent=(missing,)))["noise"].partial
+    untrained = replace(SOME[5][0].case, seed=99)
+    found = by_name(rows(*SOME, absent=(untrained,)))
+    assert found["noise"].partial
+    assert not found["prune"].partial
+
+
+def test_what_was_skipped_says_why() -> None:
+    skipped = [
+        replace(record, status="skipped", reason="it needs | TenSEAL", utility={}) for record in SOME[8]
+    ]
+    row = by_name(rows(*SOME[:3], *SOME[6:8], skipped))["dpsgd"]
+    assert (row.reason, row.accuracy, row.partial) == ("it needs | TenSEAL", None, False)
+    assert r"it needs \| TenSEAL" in render.markdown("t", [row])
+
+
+def test_without_trainings_there_is_no_table() -> None:
+    assert rows(SOME[0]) == []
+    assert list(render.sheets(Manifest("a", "t", "quick", (SOME[0][0].case,)), {})) == [""]
+
+
+def test_other_networks_batches_and_data_are_other_rows() -> None:
+    batched = attacked("none", "spectral", ["exact"] * 3, batch=8)
+    coarse = attacked("none", "spectral", ["exact"] * 3, resolution=16)
+    found = rows(*SOME[:3], batched, coarse)
+    assert sorted((row.batch, row.trials, row.accuracy is None) for row in found) == [
+        (1, 3, True), (1, 43, False), (8, 6, False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "tex", "json"])
+def test_every_format_has_every_row(form: str) -> None:
+    text = render.FORMATS[form]("Defences", rows(*SOME))
+    for name in ("noise", "dpsgd", "sign"):
+        assert name in text
+    assert "2.5" in text
+    if form == "json":
+        assert json.loads(text)["rows"][3]["adaptive"]["recovered"] == 5
+    if form == "csv":
+        head, *lines = text.splitlines()
+        assert {"naive_recovered", "adaptive_interval", "epsilon"} <= set(head.split(","))
+        assert len(lines) == 5
+        assert len({line.count(",") for line in (head, *lines)}) == 1
+
+
+def test_a_terminal_shows_what_matters() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render.rich_table("Defences", rows(*SOME), 100))
+    text = console.export_text()
+    for title in ("defense", "naive", "adaptive", "lost", "5/20", "0/20"):
+        assert title in text
+
+
+def verdicts(most_lost: float = 0.02, most_recovered: float = 0.2) -> list[recommend.Verdict]:
+    return recommend.judged(rows(*SOME), most_lost, most_recovered)
+
+
+def test_the_cheapest_that_will_do_is_recommended() -> None:
+    found = verdicts()
+    assert [one.row.defense for one in found if one.will_do] == [
+        "sign",
+        "prune",
+    ]  # a tie in time: fewer bytes
+    chosen = recommend.best(found)
+    assert chosen is not None
+    assert chosen.defense == "sign"
+    why = {one.row.defense: one.why for one in found}
+    assert "recovered 5 of 20, which allows for 47%, more than 20%" in why["noise"]
+    assert "costs at most 37.8% of accuracy, more than 2.0%" in why["dpsgd"]
+
+
+def test_none_is_recommended_where_none_will_do() -> None:
+    assert recommend.best(verdicts(most_recovered=0.1)) is None  # of 20 failures the bound is 16 %
+    assert recommend.best(verdicts(most_lost=0.0)) is not None  # sign gains
+
+
+def test_one_who_was_not_attacked_by_an_adaptive_attacker_is_not_trusted() -> None:
+    found = recommend.judged(rows(*SOME[:3], SOME[12], SOME[14]), 0.5, 0.5)
+    assert "not attacked by one who knows it" in {one.row.defense: one.why for one in found}["sign"]
+    assert recommend.best(found) is None
+
+
+def stored(tmp_path: Path, *groups: list[Record]) -> Path:
+    store = Store(tmp_path / "out")
+    store.prepare()
+    records = [record for group in groups for record in group]
+    for record in records:
+        store.put(record, b"")
+    Manifest("defenses", "t", "quick", tuple(record.case for record in records)).save(store.plans)
+    return store.root
+
+
+def test_the_command_line_recommends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(stored(tmp_path, *SOME))
+    assert cli.main(["recommend", "--out", out]) == exits.OK
+    assert "lenet_dlg on digits: sign" in capsys.readouterr().out
+    assert cli.main(["recommend", "--out", out, "--max-recovery", "0.1"]) == exits.FAILED
+    assert "no defence that was measured will do" in capsys.readouterr().out
+    assert cli.main(["recommend", "--out", out, "--json"]) == exits.OK
+    (group,) = json.loads(capsys.readouterr().out)
+    assert group["recommended"] == {"defense": "sign", "batch": 1}
+    assert len(group["verdicts"]) == 5
+
+
+@pytest.mark.parametrize("arguments", [["--network", "lenet6"], []])
+def test_nothing_measured_is_an_error(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = stored(tmp_path, *(SOME if arguments else ()))
+    assert cli.main(["recommend", "--out", str(out), *arguments]) == exits.USAGE
+    assert "dlgbench run defenses" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("share", ["2", "-0.1", "nan", "much"])
+def test_a_share_is_between_nothing_and_all(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["recommend", "--max-recovery", share])
+    assert "between 0 and 1" in capsys.readouterr().err
+
+
+def point(rate: int, lost: float) -> Tradeoff:
+    recovered = Rate("adaptive", rate, 10, (0.0, 1.0))
+    return Tradeoff("n", f"{rate} {lost}", "digits", 1, adaptive=recovered, lost=lost)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(-3, 60)), min_size=1, max_size=12))
+def test_the_front_is_what_none_beats_in_both(points: list[tuple[int, int]]) -> None:
+    every = [point(rate, lost / 100) for rate, lost in points]
+    front = {(row.strongest.recovered, row.lost) for row in pareto.undominated(every) if row.strongest}
+    for rate, lost in points:
+        beaten = any(a <= rate and b <= lost and (a, b) != (rate, lost) for a, b in points)
+        assert ((rate, lost / 100) not in front) == beaten
+    costs = [row.lost for row in pareto.undominated(every)]
+    assert costs == sorted(costs, key=lambda cost: cost or 0)
+
+
+def test_every_defence_is_a_number_in_the_plot(tmp_path: Path) -> None:
+    (path,) = plots.write_all(pareto.figures(rows(*SOME)), tmp_path)
+    assert path.name == "pareto_lenet_dlg.png"
+    with Image.open(path) as image:
+        assert image.width == plots.WIDTH
+    ((_, figure),) = pareto.figures(rows(*SOME))
+    told = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert {"1", "2", "3", "4", "5"} <= told
+    assert any(text.startswith("noise  5/20, +2.0") for text in told)
+
+
+def test_what_was_not_measured_is_not_drawn() -> None:
+    assert not list(pareto.figures(rows(SOME[0], SOME[1], trained("sign", [0.5, 0.6]))))
+
+
+def test_a_run_of_both_ends_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "tiny.toml"
+    plan.write_text(
+        """
+        [[grid]]
+        network = ["lenet_dlg"]
+        dataset = ["digits"]
+        attack = ["idlg", "adaptive"]
+        defense = ["none", "sign"]
+        quick = { steps = 2 }
+        [[grid]]
+        network = ["lenet_dlg"]
+        dataset = ["digits"]
+        attack = ["none"]
+        batch = [8]
+        defense = ["none", "sign"]
+        quick = { seeds = 2, steps = 3 }
+        """
+    )
+    out = tmp_path / "out"
+    assert cli.main(["run", str(plan), "--out", str(out), "--accelerator", "cpu"]) == exits.OK
+    assert "and what does it cost?" in capsys.readouterr().out
+    assert {path.suffix for path in (out / "tables").glob("*-costs.*")} == {".md", ".csv", ".tex", ".json"}
+    assert len(list((out / "plots").rglob("pareto_lenet_dlg.png"))) == 1
+    assert cli.main(["run", str(plan), "--out", str(out)]) == exits.OK
+    assert "0 trials computed, 8 were there" in capsys.readouterr().out
