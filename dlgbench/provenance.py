@@ -35,7 +35,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cudnn.allow_tf32,
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "threat_model": "honest-but-curious server, one gradient after one local step",
+        "threat_model": "honest-but-curious server, one update of a client or of those it is summed with",
         "selection": "start and best iterate by gradient distance",
         "assignment": "one to one, least total MSE",
     }
