@@ -46,11 +46,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def measured(store: Store, network: str | None) -> list[Tradeoff]:
-    """The trade-offs of all plans in the store, each configuration once."""
-    found: dict[Tradeoff, None] = {}
+    """The trade-offs of all plans in the store: of those of the same name, the one with the most trials."""
+    found: dict[tuple[Any, ...], Tradeoff] = {}
     for manifest in records.manifests(store.plans):
-        found |= dict.fromkeys(tradeoff.table(manifest, store.load(manifest.cases)[0]))
-    rows = [row for row in found if network in (None, row.name, row.name.partition(":")[0])]
+        for row in tradeoff.table(manifest, store.load(manifest.cases)[0]):
+            name = row.name, row.dataset, row.defense, row.batch
+            found[name] = max(found.get(name, row), row, key=lambda one: one.trials)
+    rows = [row for row in found.values() if network in (None, row.name, row.name.partition(":")[0])]
     if not rows:
         raise UsageError(
             f"expected defences measured in {store.root}, got none"
@@ -89,7 +91,8 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
         return Verdict(row, False, f"{leak}, but it {cost}, more than {most_lost:.1%}")
     time = f"takes {row.slower:.1f} times as long" if row.slower else "takes an unknown time"
     sent = filesize.decimal(round(row.update_bytes or 0))
-    return Verdict(row, True, f"{leak}; it {cost}, {time} and sends {sent}")
+    labels = "" if row.label_accuracy is None else f"; of the labels {row.label_accuracy:.0%} were found"
+    return Verdict(row, True, f"{leak}; it {cost}, {time} and sends {sent}{labels}")
 
 
 def _leak(rate: Rate) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from dlgbench import leastsquares
 from dlgbench.case import Case
 from dlgbench.metrics import mean_squared_error, psnr
 from dlgbench.peeling import chain, peel
@@ -63,6 +65,27 @@ def test_a_gradient_that_tells_nothing_is_solved_for_nothing(factor: float) -> N
     leak = leaked(one)
     silent = {name: gradient * factor for name, gradient in leak.gradients.items()}
     assert not list(peel(network, leak._replace(gradients=silent), one.shape))
+
+
+@pytest.mark.parametrize("defense", ["sign", "noise:std=0.01", "prune", "int8"])
+def test_what_is_no_gradient_is_given_up_at_the_first_layer(
+    defense: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[int] = []
+    real = leastsquares.solve
+
+    def solve(matrix: Tensor, wanted: Tensor) -> Tensor:
+        solved.append(matrix.shape[1])
+        return real(matrix, wanted)
+
+    monkeypatch.setattr(leastsquares, "solve", solve)
+    one = case(network="lenet_dlg", defense=defense, dtype="float32")
+    network = network_of(one)
+    assert not list(peel(network, leaked(one), one.shape))
+    assert len(solved) == 1
+    plain = case(network="lenet_dlg", dtype="float32")
+    assert len(list(peel(network, leaked(plain), one.shape))) == 1
+    assert len(solved) == 4  # of its three convolutions
 
 
 def test_pooled_layers_are_solved_together() -> None:

@@ -181,6 +181,7 @@ def test_the_cheapest_that_will_do_is_recommended() -> None:
     assert chosen.defense == "sign"
     why = {one.row.defense: one.why for one in found}
     assert "recovered 5 of 20, which allows for 47%, more than 20%" in why["noise"]
+    assert why["sign"].endswith("of the labels 100% were found")  # what is prevented is not all that leaks
     assert "costs at most 37.8% of accuracy, more than 2.0%" in why["dpsgd"]
 
 
@@ -215,6 +216,16 @@ def test_the_command_line_recommends(tmp_path: Path, capsys: pytest.CaptureFixtu
     (group,) = json.loads(capsys.readouterr().out)
     assert group["recommended"] == {"defense": "sign", "batch": 1}
     assert len(group["verdicts"]) == 5
+
+
+def test_of_two_runs_the_one_with_more_trials_counts(tmp_path: Path) -> None:
+    root = stored(tmp_path, *SOME)
+    few = [record.case for group in SOME for record in group if record.case.seed < 2]
+    Manifest("defenses", "t", "standard", tuple(few)).save(Store(root).plans)
+    found = recommend.measured(Store(root), None)
+    assert sorted((row.defense, row.trials) for row in found) == sorted(
+        (row.defense, row.trials) for row in rows(*SOME)
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--network", "lenet6"], []])
