@@ -8,9 +8,10 @@ from dlgbench import trial
 from dlgbench.attacks.base import Attack
 from dlgbench.case import Case
 from dlgbench.leak import Leak
-from dlgbench.registry import DATASETS, ROOMS
+from dlgbench.registry import ATTACKS, DATASETS, ROOMS
 from dlgbench.victims import leak_of, network_of, secret_of
 
+ATTACKERS = [name for name, entry in ATTACKS.entries.items() if "trains" not in entry.facts]
 PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
 USUAL: dict[str, Any] = {
     "network": "lenet_dlg", "dataset": "photos", "attack": "dlg", "defense": "none", "batch": 1,

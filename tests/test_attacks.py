@@ -17,10 +17,9 @@ from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
 from dlgbench.case import Case, stream
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
-from dlgbench.registry import ATTACKS
 from dlgbench.victims import network_of, secret_of
 
-from .clients import PHOTOS, case, fitted, leaked
+from .clients import ATTACKERS, PHOTOS, case, fitted, leaked
 
 
 def textbook(one: Case) -> tuple[nn.Module, Sequence[Tensor], Tensor, Tensor]:
@@ -192,7 +191,7 @@ def test_what_is_found_takes_up_the_range_of_pixels() -> None:
 
 
 @pytest.mark.parametrize("factor", [0, torch.nan])
-@pytest.mark.parametrize("name", ATTACKS.entries)
+@pytest.mark.parametrize("name", ATTACKERS)
 def test_a_gradient_that_tells_nothing_breaks_no_attack(name: str, factor: float) -> None:
     one = case(attack=name)
     leak = leaked(one)
