@@ -63,8 +63,7 @@ def run(
     """
     summary, deadline = Summary(), time.monotonic() + limits.seconds
     device = trial.device_of(setup.accelerator)
-    for group in _groups(todo):
-        refused = why_not(group[0], data)
+    for refused, group in _groups(todo, data):
         waiting, most = group, len(group) if refused else processes.batch_size(group[0], device)
         while waiting and not summary.out_of_time:
             left = deadline - time.monotonic()
@@ -88,12 +87,13 @@ def run(
     return summary
 
 
-def _groups(cases: Sequence[Case]) -> list[list[Case]]:
-    """Cases whose attacks are the same function of what leaks, in the order of their first."""
-    groups: dict[Case, list[Case]] = {}
+def _groups(cases: Sequence[Case], data: Data) -> list[tuple[str | None, list[Case]]]:
+    """Cases whose attacks are the same function of what leaks, in the order of their first, and why they
+    cannot be run if so: of one such function some defences may lack a package."""
+    groups: dict[tuple[Case, str | None], list[Case]] = {}
     for case in cases:
-        groups.setdefault(trial.alike(case), []).append(case)
-    return list(groups.values())
+        groups.setdefault((trial.alike(case), why_not(case, data)), []).append(case)
+    return [(refused, group) for (_, refused), group in groups.items()]
 
 
 def _batch(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
-from dlgbench import trial, utility
+from dlgbench import runner, trial, utility
 from dlgbench.attacks.none import none
 from dlgbench.case import Case, stream
 from dlgbench.defenses import make
+from dlgbench.defenses.clipping import DPSGD
+from dlgbench.display import display
 from dlgbench.grid import Data, why_not
 from dlgbench.records import Record, decode, encode
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.store import Store
 from dlgbench.training import accuracy
 from dlgbench.victims import labelled, network_of
 
@@ -159,6 +165,21 @@ def test_a_run_trains_where_nobody_attacks() -> None:
 def test_what_cannot_be_trained_is_skipped_with_a_reason(change: dict[str, Any], reason: str) -> None:
     assert reason in str(why_not(replace(TRAINING, **change), Data(None)))
     assert why_not(TRAINING, Data(None)) is None
+
+
+def test_a_run_skips_what_is_not_installed_and_runs_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(DPSGD, "refusal", lambda self, trains: "it is not there")
+    store = Store(tmp_path)
+    store.prepare()
+    cases = [replace(defended(TRAINING, text), steps=2) for text in ("none", "dpsgd", "sign")]
+    setup, limits = trial.Setup(accelerator="cpu"), runner.Limits()
+    watch = display(Console(file=io.StringIO()), 3)
+    found = runner.run(cases, store, Data(None), setup, limits, watch).computed
+    assert {(r.case.defense.name, r.status) for r in found} == {
+        ("none", "done"), ("dpsgd", "skipped"), ("sign", "done")
+    }  # fmt: skip
 
 
 def test_what_is_not_installed_is_skipped_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
