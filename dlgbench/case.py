@@ -62,8 +62,16 @@ class Case:
     @property
     def trains(self) -> bool:
         """Whether nobody attacks: clients train for ``steps`` updates of ``batch`` images on average."""
-        attack = ATTACKS.entries.get(self.attack.name)
-        return attack is not None and "trains" in attack.facts
+        return self._says("trains")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the attack knows the defence and its options."""
+        return self._says("adaptive")
+
+    def _says(self, fact: str) -> bool:
+        attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
+        return attack is not None and fact in attack.facts
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

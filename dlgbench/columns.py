@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +46,8 @@ def _share(rate: Row | Rate | None) -> str:
 def _points(row: Tradeoff) -> str:
     if row.lost is None:
         return "–"
-    half = (row.lost_interval[1] - row.lost) if row.lost_interval else math.nan
-    return f"{100 * row.lost:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+    half = f" ± {100 * (row.lost_interval[1] - row.lost):.1f}" if row.lost_interval else ""
+    return f"{100 * row.lost:.1f}{half}"
 
 
 def _bytes(size: float | None) -> str:
@@ -56,7 +55,9 @@ def _bytes(size: float | None) -> str:
 
 
 def _missing(row: Tradeoff) -> str:
-    return f"partial: {row.trials} of {row.planned}" if row.partial else row.reason
+    partial = [f"partial: {row.trials} of {row.planned}"] if row.partial else []
+    broken = [f"{row.broken} broken"] if row.broken else []
+    return ", ".join(partial + broken) or row.reason
 
 
 def _trouble(row: Row) -> str:
@@ -106,6 +107,7 @@ TRADEOFFS = (
     Column("network", "with every option that is not its default", 0, lambda row: row.name, True),
     Column("defense", "what the client does before it shares", 0, lambda row: row.defense, True),
     Column("data", "what is attacked and what is trained on", 0, lambda row: row.dataset, True),
+    Column("px", "resolution of the images", 1, lambda row: str(row.resolution)),
     Column("B", "images per gradient that is attacked", 1, lambda row: str(row.batch)),
     Column("ε", "privacy loss of the training, where the defence has one", 1,
            lambda row: _number(row.epsilon, ".3g")),

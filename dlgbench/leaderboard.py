@@ -143,7 +143,7 @@ def _baselines(groups: Iterable[Sequence[Record]]) -> list[Row]:
     found: dict[Key, dict[int, Record]] = {}
     for record in (record for group in groups for record in group):
         for name in record.baselines:
-            images = (name, *_input(record.case).values(), record.case.preparation, record.case.channels)
+            images = (name, *input_of(record.case).values(), record.case.preparation, record.case.channels)
             found.setdefault(images, {})[record.case.image] = record
     return [_baseline(images[0], list(trials.values())) for images, trials in sorted(found.items())]
 
@@ -153,18 +153,19 @@ def _baseline(name: str, records: Sequence[Record]) -> Row:
     values: dict[str, Any] = {
         metric: median(_mean(row, metric) for row in rows) for metric in WORST if metric in rows[0][0]
     }
-    return Row(name=f"({name.replace('_', ' ')})", **_input(records[0].case), **values)
+    return Row(name=f"({name.replace('_', ' ')})", **input_of(records[0].case), **values)
 
 
 def _described(case: Case) -> dict[str, Any]:
     """What was attacked, and how."""
     return {
-        **_input(case), "name": _name(case), "attack": _attack(case),
+        **input_of(case), "name": _name(case), "attack": _attack(case),
         "defense": printable(DEFENSES.brief(case.defense)), "steps": case.steps, "dtype": case.dtype,
     }  # fmt: skip
 
 
-def _input(case: Case) -> dict[str, Any]:
+def input_of(case: Case) -> dict[str, Any]:
+    """The fields of a `Row` that tell what the private images are."""
     dataset = printable(DATASETS.brief(case.dataset))
     return {"dataset": dataset, "batch": case.batch, "resolution": case.resolution}
 

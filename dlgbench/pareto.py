@@ -20,9 +20,13 @@ ROOM = 26
 
 
 def figures(rows: Sequence[Tradeoff]) -> Iterator[tuple[str, Figure]]:
-    """A plot per network, with the name of its file; those whose cost or leak is unknown are left out."""
+    """A plot per network and data, with the name of its file; of rows whose cost and leak are known."""
     known = [row for row in rows if row.lost is not None and row.strongest]
-    for name, group in groupby(sorted(known, key=lambda row: row.name), key=lambda row: row.name):
+
+    def subject(row: Tradeoff) -> str:
+        return f"{row.name} on {row.dataset} at {row.resolution} px"
+
+    for name, group in groupby(sorted(known, key=subject), key=subject):
         yield f"pareto_{re.sub('[^a-z0-9_.-]+', '-', name.lower())[:80]}", pareto(name, list(group))
 
 
@@ -47,7 +51,7 @@ def pareto(name: str, rows: Sequence[Tradeoff]) -> Figure:
     for index, row in enumerate(rows):
         y, (weight, colour) = ABOVE + 30 * index, ("bold", INK) if row in best else ("normal", MUTED)
         page.text(RIGHT + 64, y, str(index + 1), ha="right", va="top", weight=weight, color=colour)
-        told = f"{_called(row)}  {_told(row.strongest)}, {_lost(row):+.1f}"
+        told = f"{row.title}  {_told(row.strongest)}, {_lost(row):+.1f}"
         page.text(RIGHT + 80, y, plain(short(told, 46)), va="top", size=9, weight=weight, color=colour)
     return figure
 
@@ -90,10 +94,6 @@ def _rate(row: Tradeoff) -> float:
 def _lost(row: Tradeoff) -> float:
     assert row.lost is not None
     return 100 * row.lost
-
-
-def _called(row: Tradeoff) -> str:
-    return row.defense + (f", {row.batch} images" if row.batch > 1 else "")
 
 
 def _told(rate: Rate | None) -> str:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     found = measured(Store(options.out), options.network)
     groups = [
         judged(list(rows), options.max_accuracy_loss, options.max_recovery)
-        for _, rows in groupby(found, key=lambda row: (row.name, row.dataset))
+        for _, rows in groupby(found, key=_subject)
     ]
     if options.json:
         print(json.dumps([_plain(group) for group in groups], indent=1, ensure_ascii=False, allow_nan=False))
@@ -50,7 +50,7 @@ def measured(store: Store, network: str | None) -> list[Tradeoff]:
     found: dict[tuple[Any, ...], Tradeoff] = {}
     for manifest in records.manifests(store.plans):
         for row in tradeoff.table(manifest, store.load(manifest.cases)[0]):
-            name = row.name, row.dataset, row.defense, row.batch
+            name = (*_subject(row), row.defense, row.batch)
             found[name] = max(found.get(name, row), row, key=lambda one: one.trials)
     rows = [row for row in found.values() if network in (None, row.name, row.name.partition(":")[0])]
     if not rows:
@@ -59,7 +59,12 @@ def measured(store: Store, network: str | None) -> list[Tradeoff]:
             + (f" of {network}" if network else "")
             + "; run `dlgbench run defenses` or name another directory with --out"
         )
-    return sorted(rows, key=lambda row: (row.name, row.dataset))
+    return sorted(rows, key=_subject)
+
+
+def _subject(row: Tradeoff) -> tuple[str, str, int]:
+    """What the defences that are compared have in common."""
+    return row.name, row.dataset, row.resolution
 
 
 def judged(rows: Sequence[Tradeoff], most_lost: float, most_recovered: float) -> list[Verdict]:
@@ -81,7 +86,7 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
     strongest, lost = row.strongest, row.lost_interval[1] if row.lost_interval else row.lost
     if row.adaptive is None or not row.adaptive.trials or strongest is None:
         return Verdict(row, False, f"was not attacked by one who knows it{_because(row)}")
-    if row.partial or lost is None:
+    if row.partial or row.broken or lost is None:
         return Verdict(row, False, f"was not measured to the end{_because(row)}")
     leak = _leak(strongest)
     if strongest.interval[1] > most_recovered:
@@ -102,7 +107,8 @@ def _leak(rate: Rate) -> str:
 
 
 def _because(row: Tradeoff) -> str:
-    return f": {row.reason}" if row.reason else ""
+    broken = f"{row.broken} trials broke; run them again with --retry-failed" if row.broken else ""
+    return f": {broken or row.reason}" if broken or row.reason else ""
 
 
 def _price(row: Tradeoff) -> tuple[Any, ...]:
@@ -116,20 +122,16 @@ def _risk(row: Tradeoff) -> tuple[Any, ...]:
 
 def _print(console: Console, verdicts: Sequence[Verdict]) -> None:
     chosen, one = best(verdicts), verdicts[0].row
-    head = f"{one.name} on {one.dataset}: "
-    head += _called(chosen) if chosen else "no defence that was measured will do"
+    head = f"{one.name} on {one.dataset} at {one.resolution} px: "
+    head += chosen.title if chosen else "no defence that was measured will do"
     console.print(Text(printable(head), style="bold"))
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for verdict in verdicts:
         style = "green" if verdict.will_do else "default"
-        table.add_row(Text(printable(_called(verdict.row)), style=style), Text(printable(verdict.why)))
+        table.add_row(Text(printable(verdict.row.title), style=style), Text(printable(verdict.why)))
     console.print(table, "")
-
-
-def _called(row: Tradeoff) -> str:
-    return row.defense + (f", {row.batch} images" if row.batch > 1 else "")
 
 
 def _plain(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def _plain(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {
         "network": verdicts[0].row.name,
         "dataset": verdicts[0].row.dataset,
+        "resolution": verdicts[0].row.resolution,
         "recommended": chosen and {"defense": chosen.defense, "batch": chosen.batch},
         "verdicts": [{**asdict(one.row), "will_do": one.will_do, "why": one.why} for one in verdicts],
     }

@@ -14,7 +14,7 @@ from dlgbench import leaderboard
 from dlgbench.case import Case
 from dlgbench.leaderboard import Row
 from dlgbench.records import Manifest, Record
-from dlgbench.registry import ATTACKS, DEFENSES, NETWORKS
+from dlgbench.registry import DEFENSES, NETWORKS
 from dlgbench.text import printable
 
 Key = tuple[Any, ...]
@@ -40,6 +40,7 @@ class Tradeoff:
     defense: str
     dataset: str
     batch: int
+    resolution: int
     naive: Rate | None = None
     """Of the strongest attack that does not know of the defence."""
     adaptive: Rate | None = None
@@ -62,6 +63,8 @@ class Tradeoff:
     update_bytes: float | None = None
     trials: int = 0
     planned: int = 0
+    broken: int = 0
+    """Of attacks and trainings: what did not run to a result says nothing for the defence."""
     reason: str = ""
     """Why something was skipped."""
 
@@ -71,6 +74,11 @@ class Tradeoff:
     def partial(self) -> bool:
         """Whether planned trials are missing."""
         return self.trials < self.planned
+
+    @property
+    def title(self) -> str:
+        """The defence, and how many images its gradient is of, if several."""
+        return self.defense + (f", {self.batch} images" if self.batch > 1 else "")
 
     @property
     def strongest(self) -> Rate | None:
@@ -102,31 +110,25 @@ def _tradeoff(
         return [records[case.id] for case in some if case.id in records]
 
     case, ran = cases[0], recorded(cases)
-    rows = [row for row in leaderboard.rows(ran) if row.attack]
-    known = {True: _strongest(rows, adaptive=True), False: _strongest(rows, adaptive=False)}
-    best = max(filter(None, known.values()), key=_strength, default=None)
+    naive, adaptive = (_strongest([r for r in ran if r.case.adapts == knows]) for knows in (False, True))
+    best = max(filter(None, (naive, adaptive)), key=_strength, default=None)
     training = trained.get((*subject(case), 0), [])
     plain = trained.get((*subject(case, defense=DEFENSES.spec("none")), 0), [])
     costs = recorded(training)
     reasons = [printable(record.reason) for record in (*ran, *costs) if record.status == "skipped"]
     return Tradeoff(
         name=printable(NETWORKS.brief(case.network)), defense=printable(DEFENSES.brief(case.defense)),
-        dataset=case.dataset.name, batch=case.batch,
-        naive=_rate(known[False]), adaptive=_rate(known[True]),
+        **leaderboard.input_of(case), naive=_rate(naive), adaptive=_rate(adaptive),
         psnr=best.psnr if best else None, label_accuracy=best.label_accuracy if best else None,
         **_cost(costs, recorded(plain)),
         trials=len(ran) + len(costs), planned=len(cases) + len(training),
-        reason=next(iter(reasons), ""),
+        broken=sum(record.broken for record in (*ran, *costs)), reason=next(iter(reasons), ""),
     )  # fmt: skip
 
 
-def _strongest(rows: Iterable[Row], adaptive: bool) -> Row | None:
-    def adapts(row: Row) -> bool:
-        return "adaptive" in ATTACKS.entry(row.attack.partition(":")[0].partition(" ")[0]).facts
-
-    return max(
-        (row for row in rows if adapts(row) == adaptive and not row.reason), key=_strength, default=None
-    )
+def _strongest(records: Sequence[Record]) -> Row | None:
+    ran = [row for row in leaderboard.rows(records) if not row.trivial and not row.reason]
+    return max(ran, key=_strength, default=None)
 
 
 def _strength(row: Row) -> Key:
@@ -139,7 +141,10 @@ def _rate(row: Row | None) -> Rate | None:
 
 def _cost(defended: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
     """The fields of a `Tradeoff` that tell what ``defended`` costs beside ``plain`` trainings."""
-    ours, theirs = ({r.case.seed: r.utility for r in some if r.utility} for some in (defended, plain))
+    ours, theirs = (
+        {record.case.seed: record.utility for record in some if record.utility and not record.broken}
+        for some in (defended, plain)
+    )
     if not ours:
         return {}
     lost = [theirs[seed]["accuracy"] - ours[seed]["accuracy"] for seed in ours if seed in theirs]

@@ -20,7 +20,7 @@ from dlgbench import cli, exits, pareto, plots, recommend, render, tradeoff
 from dlgbench.case import Case
 from dlgbench.leaderboard import wilson
 from dlgbench.records import Manifest, Record
-from dlgbench.registry import ATTACKS, DEFENSES
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES
 from dlgbench.store import Store
 from dlgbench.tradeoff import Rate, Tradeoff
 
@@ -129,6 +129,24 @@ def test_what_was_skipped_says_why() -> None:
     assert r"it needs \| TenSEAL" in render.markdown("t", [row])
 
 
+def test_what_broke_says_nothing_for_a_defence() -> None:
+    broke = [replace(record, status="error", images=(), outcome="failed") for record in SOME[13][:3]]
+    found = rows(*SOME[:13], broke + SOME[13][3:], SOME[14])
+    assert by_name(found)["sign"].broken == 3
+    assert "3 broken" in render.markdown("t", found)
+    chosen = recommend.best(recommend.judged(found, 0.02, 0.2))
+    assert chosen is not None
+    assert chosen.defense == "prune"  # not sign, which is cheaper
+    late = [replace(SOME[14][0], status="timeout"), *SOME[14][1:]]
+    assert by_name(rows(*SOME[:14], late))["sign"].trainings == 2
+
+
+def test_data_is_told_apart_by_its_options() -> None:
+    source = replace(SOME[0][0].case, dataset=DATASETS.spec("samples:source=mnist"))
+    found = rows(*SOME, [replace(SOME[0][0], case=source)])
+    assert {row.dataset for row in found} == {"digits", "samples:source=mnist"}
+
+
 def test_without_trainings_there_is_no_table() -> None:
     assert rows(SOME[0]) == []
     assert list(render.sheets(Manifest("a", "t", "quick", (SOME[0][0].case,)), {})) == [""]
@@ -209,7 +227,7 @@ def stored(tmp_path: Path, *groups: list[Record]) -> Path:
 def test_the_command_line_recommends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(stored(tmp_path, *SOME))
     assert cli.main(["recommend", "--out", out]) == exits.OK
-    assert "lenet_dlg on digits: sign" in capsys.readouterr().out
+    assert "lenet_dlg on digits at 32 px: sign" in capsys.readouterr().out
     assert cli.main(["recommend", "--out", out, "--max-recovery", "0.1"]) == exits.FAILED
     assert "no defence that was measured will do" in capsys.readouterr().out
     assert cli.main(["recommend", "--out", out, "--json"]) == exits.OK
@@ -246,7 +264,7 @@ def test_a_share_is_between_nothing_and_all(share: str, capsys: pytest.CaptureFi
 
 def point(rate: int, lost: float) -> Tradeoff:
     recovered = Rate("adaptive", rate, 10, (0.0, 1.0))
-    return Tradeoff("n", f"{rate} {lost}", "digits", 1, adaptive=recovered, lost=lost)
+    return Tradeoff("n", f"{rate} {lost}", "digits", 1, 32, adaptive=recovered, lost=lost)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(-3, 60)), min_size=1, max_size=12))
@@ -262,7 +280,7 @@ def test_the_front_is_what_none_beats_in_both(points: list[tuple[int, int]]) -> 
 
 def test_every_defence_is_a_number_in_the_plot(tmp_path: Path) -> None:
     (path,) = plots.write_all(pareto.figures(rows(*SOME)), tmp_path)
-    assert path.name == "pareto_lenet_dlg.png"
+    assert path.name == "pareto_lenet_dlg-on-digits-at-32-px.png"
     with Image.open(path) as image:
         assert image.width == plots.WIDTH
     ((_, figure),) = pareto.figures(rows(*SOME))
@@ -298,6 +316,6 @@ def test_a_run_of_both_ends_in_the_table(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(["run", str(plan), "--out", str(out), "--accelerator", "cpu"]) == exits.OK
     assert "and what does it cost?" in capsys.readouterr().out
     assert {path.suffix for path in (out / "tables").glob("*-costs.*")} == {".md", ".csv", ".tex", ".json"}
-    assert len(list((out / "plots").rglob("pareto_lenet_dlg.png"))) == 1
+    assert len(list((out / "plots").rglob("pareto_lenet_dlg-on-digits-at-32-px.png"))) == 1
     assert cli.main(["run", str(plan), "--out", str(out)]) == exits.OK
     assert "0 trials computed, 8 were there" in capsys.readouterr().out

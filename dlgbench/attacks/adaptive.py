@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlgbench.attacks.base import LabelsFirst, Task
+from dlgbench.attacks.base import Task
 from dlgbench.attacks.spectral import CONTRAST, Spectral
 from dlgbench.leak import Client, Leak
 from dlgbench.prepare import Network
@@ -45,9 +45,8 @@ class Adaptive(Spectral):
         assert task.defense is not None
         self.defense = task.defense
 
-    def look(self, leak: Leak) -> None:
-        """Labels alone: what can be solved for amplifies noise and rounding from layer to layer."""
-        LabelsFirst.look(self, leak)
+    def solve(self, leak: Leak) -> None:
+        """Nothing: it would amplify noise and rounding from layer to layer."""
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """``(sum |expected(g) - shared|^2 / doubt^2 + |coefficients|^2) / pixels``, over the weights."""

@@ -83,8 +83,12 @@ class Spectral(LabelsFirst):
         return self.grey + self.gain * self.spectrum.images(self.window * dummies)
 
     def look(self, leak: Leak) -> None:
-        """Labels, then the better of two starts by objective: what can be solved for, and grey."""
+        """Labels, then where to start."""
         super().look(leak)
+        self.solve(leak)
+
+    def solve(self, leak: Leak) -> None:
+        """The better of two starts by objective: what can be solved for, and grey."""
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
         for case, image in peel(self.network, leak, solved.shape[1:]):
             solved[case] = self.spectrum.coefficients((image - 0.5) / CONTRAST)
@@ -117,8 +121,12 @@ class Spectral(LabelsFirst):
         super().on_train_batch_start(batch, batch_idx)
 
     def focus(self, most: float) -> None:
-        """Seek frequencies up to ``most`` periods a side; the best iterate is sought anew."""
+        """Seek frequencies up to ``most`` periods a side."""
         self.window = (self.spectrum.frequency <= most).to(self.window)
+        self.seek_anew()
+
+    def seek_anew(self) -> None:
+        """The best iterate is one of those to come: what went before had other images."""
         self.best_objective[self.active.to(self.best_objective.device)] = torch.inf
 
     @property
@@ -127,9 +135,9 @@ class Spectral(LabelsFirst):
         return any(type(module) is BatchNorm2d for module in self.network.modules())
 
     def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
-        if self.hidden and batch_idx + 1 == STRETCH_AFTER:
+        if batch_idx + 1 == STRETCH_AFTER and self.hidden:
             self.stretch(self.dummy_images.detach())
-            self.best_objective[self.active.to(self.best_objective.device)] = torch.inf
+            self.seek_anew()
 
     def settle(self) -> None:
         """Brightness and contrast drift, unseen: the images found take up the range of pixels again."""

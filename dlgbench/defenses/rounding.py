@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ SOFTNESS = 0.1
 
 @dataclass(frozen=True)
 class _Cast(GradientDefense):
+    format: ClassVar[torch.dtype]
+    """In which numbers are sent."""
+
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
         most = torch.finfo(self.format).max
         return {name: g.clamp(-most, most).to(self.format).to(g.dtype) for name, g in gradients.items()}
@@ -34,20 +37,13 @@ class _Cast(GradientDefense):
     def size(self, shared: Tensors) -> int:
         return sum(gradient.numel() * self.format.itemsize for gradient in shared.values())
 
-    @property
-    @abstractmethod
-    def format(self) -> torch.dtype:
-        """In which numbers are sent."""
-
 
 @DEFENSES.register("fp16")
 @dataclass(frozen=True)
 class Half(_Cast):
     """Half precision, IEEE 754 binary16 (Zhu et al. 2019, section 5.1)."""
 
-    @property
-    def format(self) -> torch.dtype:
-        return torch.float16
+    format = torch.float16
 
 
 @DEFENSES.register("bf16")
@@ -55,9 +51,7 @@ class Half(_Cast):
 class BrainFloat(_Cast):
     """Brain floating point: float32's range with 8 bits of precision."""
 
-    @property
-    def format(self) -> torch.dtype:
-        return torch.bfloat16
+    format = torch.bfloat16
 
 
 @DEFENSES.register("int8")
