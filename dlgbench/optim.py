@@ -7,7 +7,7 @@ and their use in limited memory methods", theorem 2.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +18,10 @@ from dlgbench.linesearch import LineSearch, Point, Search
 
 SHRINK = 1e-5
 """Of steepest descent's step where it climbs, and did when it was ten thousand times shorter."""
+
+
+Spans = list[tuple[slice, slice]]
+"""Where consecutive rows are, among the rows asked for and among all."""
 
 
 class _Values(NamedTuple):
@@ -123,7 +127,7 @@ class LBFGS(torch.optim.Optimizer):
         gradient, old = here.gradient[rows], self._direction[rows]
         s = old * self._length[rows].to(old)[:, None]
         y = gradient - self._gradient[rows]
-        direction = self._history.directions(rows.tolist(), s, y, gradient)
+        direction = self._history.directions(rows.to(gradient.device), s, y, gradient)
         first = (1 / gradient.abs().sum(1)).clamp(max=1.0).double().cpu()
         rate = float(self.param_groups[0]["lr"])
         self._length[rows] = rate * torch.where(self._begun[rows], 1.0, first)
@@ -224,76 +228,67 @@ class _History:
         self.yy = small.new_zeros(rows, size, size)
         self.curvature = small.new_zeros(rows, size)  # the diagonal of R: s.y of every pair
         self.scale = small.new_ones(rows, 1)  # gamma: H's first guess is gamma times the identity
-        self.slots = [0] * rows
+        self.slots = torch.zeros(rows, dtype=torch.long, device=like.device)  # where the next pair goes
 
-    def directions(self, rows: list[int], s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
-        """``-H gradient`` of ``rows``, after their new pairs; all ``(row, number)``."""
-        sy, yy = (s * y).sum(1).double(), (y * y).sum(1).double()
-        kept = (sy > self.tolerance).tolist()
-        found = torch.empty_like(gradient)
-        for there, here in self._runs(rows, kept):
-            new = kept[there.start]
-            if new:
-                self._remember(here, s[there], y[there])
-            products = self._products(here, gradient[there])
-            if new:
-                self._extend(here, products - self.products[here], sy[there], yy[there])
-            self.products[here] = products
-            found[there] = self._product(here, gradient[there], products)
-        return found
+    def directions(self, rows: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+        """``-H gradient`` of ``rows``, ascending indices, after their new pairs; all ``(row, number)``."""
+        sy, spans = (s * y).sum(1).double(), _spans(rows.tolist())
+        new = (sy > self.tolerance).nonzero().squeeze(1)
+        kept, slots = rows[new], self.slots[rows[new]]
+        self.pairs[kept, slots], self.pairs[kept, slots + self.size] = s[new], y[new]
+        products = _times(gradient, self.pairs.mT, spans).double()
+        if len(kept) > 0:
+            self._extend(rows, new, spans, products, sy[new], (y[new] * y[new]).sum(1).double())
+        self.products[rows] = products
+        return self._product(rows, spans, gradient, products)
 
     def forget(self, row: int) -> None:
         """Drop the pairs of ``row`` but for the scale that they gave, or, if there are none, shrink that."""
         if not self.curvature[row].any():
             self.scale[row] *= SHRINK
-        for part in (self.pairs, self.inverse, self.products, self.yy, self.curvature):
-            part[row] = 0.0
-        self.slots[row] = 0
+        for part in (self.pairs, self.inverse, self.products, self.yy, self.curvature, self.slots):
+            part[row] = 0
 
-    def _remember(self, rows: slice, s: Tensor, y: Tensor) -> None:
-        slot = self.slots[rows.start]
-        self.pairs[rows, slot], self.pairs[rows, slot + self.size] = s, y
+    def _extend(
+        self, rows: Tensor, new: Tensor, spans: Spans, products: Tensor, sy: Tensor, yy: Tensor
+    ) -> None:
+        """Put the newest pairs, of ``rows[new]``, into the small matrices.
 
-    def _extend(self, rows: slice, products: Tensor, sy: Tensor, yy: Tensor) -> None:
-        """Put the newest pair into the small matrices; ``products`` are those of all older ones with y."""
-        slot, inverse = self.slots[rows.start], self.inverse[rows]
-        products[:, slot], products[:, slot + self.size] = sy, yy
-        inverse[:, slot], inverse[:, :, slot] = 0.0, 0.0  # the oldest pair leaves
-        column = torch.bmm(products[:, None, : self.size], inverse)[:, 0] / -sy[:, None]
-        column[:, slot] = 1 / sy
-        inverse[:, slot] = column
-        self.curvature[rows, slot] = sy
-        self.yy[rows, slot] = self.yy[rows, :, slot] = products[:, self.size :]
-        self.scale[rows, 0] = sy / yy
-        self.slots[rows] = [(slot + 1) % self.size] * len(sy)
+        ``products`` are those of all pairs with the gradients; less the last ones, those with y.
+        """
+        size, kept = self.size, rows[new]
+        slots = self.slots[kept]
+        change = products - self.products[rows]
+        change[new, slots], change[new, slots + size] = sy, yy
+        self.inverse[kept, slots], self.inverse[kept, :, slots] = 0.0, 0.0  # the oldest pair leaves
+        column = _times(change[:, :size], self.inverse, spans)[new] / -sy[:, None]
+        column[range(len(new)), slots] = 1 / sy
+        self.inverse[kept, slots] = column
+        self.yy[kept, slots] = self.yy[kept, :, slots] = change[new, size:]
+        self.curvature[kept, slots] = sy
+        self.scale[kept, 0] = sy / yy
+        self.slots[kept] = (slots + 1) % size
 
-    def _product(self, rows: slice, gradient: Tensor, products: Tensor) -> Tensor:
+    def _product(self, rows: Tensor, spans: Spans, gradient: Tensor, products: Tensor) -> Tensor:
         """Theorem 2.2, read from right to left; ``products`` are those of the pairs with the gradient."""
-        scale, inverse = self.scale[rows], self.inverse[rows]
-        sg, yg = products[:, : self.size], products[:, self.size :]
-        u = torch.bmm(sg[:, None], inverse)
-        v = torch.bmm(u, self.yy[rows])[:, 0].sub_(yg).mul_(scale).addcmul_(self.curvature[rows], u[:, 0])
-        w = torch.bmm(v[:, None], inverse.mT)
-        weights = torch.cat([-w[:, 0], scale * u[:, 0]], 1).to(gradient)
-        step = torch.bmm(weights[:, None], self.pairs[rows])[:, 0]
-        return step.addcmul_(scale.to(gradient), gradient, value=-1)
+        scale, sg, yg = self.scale[rows], products[:, : self.size], products[:, self.size :]
+        u = _times(sg, self.inverse, spans)
+        v = _times(u, self.yy, spans).sub_(yg).mul_(scale).addcmul_(self.curvature[rows], u)
+        w = _times(v, self.inverse.mT, spans)
+        weights = torch.cat([-w, scale * u], 1).to(gradient)
+        return _times(weights, self.pairs, spans).addcmul_(scale.to(gradient), gradient, value=-1)
 
-    def _products(self, rows: slice, gradient: Tensor) -> Tensor:
-        """Of all pairs with the gradients, ``(row, pair)``."""
-        return torch.bmm(gradient[:, None], self.pairs[rows].mT)[:, 0].double()
 
-    def _runs(self, rows: list[int], kept: list[bool]) -> Iterator[tuple[slice, slice]]:
-        """Consecutive ``rows`` alike, as slices of themselves and of the whole: no state is ever copied."""
-        start = 0
-        for end in range(1, len(rows) + 1):
-            if end == len(rows) or not self._alike(rows, kept, end):
-                yield slice(start, end), slice(rows[start], rows[start] + end - start)
-                start = end
+def _spans(rows: list[int]) -> Spans:
+    """Consecutive ``rows``, as slices of themselves and of the whole."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1] + 1 != row]
+    ends = [*starts[1:], len(rows)]
+    return [(slice(i, j), slice(rows[i], rows[i] + j - i)) for i, j in zip(starts, ends, strict=True)]
 
-    def _alike(self, rows: list[int], kept: list[bool], end: int) -> bool:
-        before, after = rows[end - 1], rows[end]
-        same = kept[end - 1] == kept[end] and self.slots[before] == self.slots[after]
-        return same and before + 1 == after
+
+def _times(vectors: Tensor, matrices: Tensor, spans: Spans) -> Tensor:
+    """A vector ``(i,)`` each times the matrix ``(i, j)`` of its row: views of the rows, no copies."""
+    return torch.cat([torch.bmm(vectors[there, None], matrices[here])[:, 0] for there, here in spans])
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
