@@ -68,7 +68,7 @@ class Crowded(Exception):
     """A batch of several cases failed: fewer at a time may have room, or leave the fault to one."""
 
 
-BATCH_CALLS = 8
+BATCH_CALLS = 16
 """A batch of cases is what so many calls of their closure take: as rows end, calls fall away."""
 
 Show = Callable[[int, float, float], None]
