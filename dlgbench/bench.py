@@ -64,7 +64,7 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Row
     deep = [name for name, entry in NETWORKS.entries.items() if entry.facts["resolution"] > 32]
     return {
         "closures": lambda: measure.closures(["lenet_dlg", *deep], 7, compiler),
-        "reconstructions": lambda: measure.reconstructions(30, 8, compiler),
+        "reconstructions": lambda: measure.reconstructions(30, compiler),
         "shares": lambda: [
             measure.shares("lenet_dlg", 30, 30, compiler), measure.shares("resnet18", 1, 3, compiler)
         ],

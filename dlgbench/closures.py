@@ -18,8 +18,8 @@ Objective = Callable[[Tensor, Tensor, Leak], Tensor]
 TOLERANCE = 0.01
 """The relative distance of compiled from eager values that is put down to rounding."""
 WIDTH = {"cpu": 2, "cuda": 256}
-"""How many cases of one or two images of 32 px a call takes, by device: on a CPU core more gain little
-(LeNet: 0.30 instead of 0.32 ms a case), and the fewer, the fewer calls are filled up with what nobody wants."""
+"""How many cases of one or two images of 32 px a call takes, by device.  On a CPU core more gain little
+(LeNet: 0.30, not 0.32 ms a case), and the fewer, the fewer calls are filled up with what nobody wants."""
 
 
 class Miscompiled(RuntimeError):
