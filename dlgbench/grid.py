@@ -79,7 +79,7 @@ def why_not(case: Case, data: Data) -> str | None:
         return f"{case.defense} needs a batch of {defense.least} images or more, got {case.batch}"
     if refused := defense.refusal(case.trains):
         return f"{case.defense}: {refused}"
-    return _refusal(case.network, case.shape, case.classes)
+    return _refusal(case.network, case.shape, case.classes, case.defense)
 
 
 def most_seconds(case: Case) -> float:
@@ -166,9 +166,9 @@ def _number(row: Mapping[str, Any], key: str) -> int:
 
 
 @cache
-def _refusal(network: Spec, shape: tuple[int, int, int, int], classes: int) -> str | None:
+def _refusal(network: Spec, shape: tuple[int, int, int, int], classes: int, defense: Spec) -> str | None:
     try:
-        networks.check(network, shape, classes)
+        networks.check(network, shape, classes, DEFENSES.make(defense).protect)
     except Unsuitable as reason:
         return str(reason)
     return None

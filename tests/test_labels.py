@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dlgbench import networks
+from dlgbench import masks, networks
 from dlgbench.labels import logits, recover
 from dlgbench.leak import Leak, Tensors, gradients
 from dlgbench.prepare import Network
@@ -87,3 +87,29 @@ def test_a_gradient_without_numbers_still_gives_labels() -> None:
     weights: Tensors = dict(network.named_parameters())
     broken = {name: weight * torch.nan for name, weight in weights.items()}
     assert len(recover(network, Leak(weights, {}, broken), torch.full((2, 3, 32, 32), 0.5))) == 2
+
+
+def with_dropout(truth: list[int]) -> tuple[Network, Leak, Tensor]:
+    """What the client of an Inception shares, and the mask that it drew."""
+    images = torch.rand(len(truth), 3, 299, 299, generator=torch.Generator().manual_seed(0))
+    network = networks.build(NETWORKS.spec("inception_v3"), (len(truth), 3, 299, 299), CLASSES, 0)
+    weights: Tensors = dict(network.named_parameters())
+    buffers = {name: buffer for name, buffer in network.named_buffers() if name.startswith("body.")}
+    drawn = network.draw_masks(len(truth), torch.Generator().manual_seed(5))
+    shared = gradients(network, weights, {**buffers, **drawn}, images, one_hot(torch.tensor(truth)))
+    return network, Leak(weights, buffers, shared), drawn["body.dropout.mask"]
+
+
+def test_a_mask_before_the_head_is_read_off_its_gradient() -> None:
+    network, leak, truth = with_dropout([3, 17])
+    (found,) = masks.read(network, leak, torch.tensor([3, 17])).items()
+    assert found[0] == "body.dropout.mask"
+    assert torch.equal(found[1], truth)
+    assert not masks.read(network, leak, torch.tensor([3, 3]))
+
+
+def test_networks_without_dropout_before_the_head_have_no_mask_to_read() -> None:
+    for name in ("lenet5", "resnet18", "inception_v3:dropout=off"):
+        side = SIDES.get(name.partition(":")[0], 32)
+        network = networks.build(NETWORKS.spec(name), (2, 3, side, side), CLASSES, 0)
+        assert not masks.read(network, Leak({}, {}, {}), torch.tensor([0, 1]))

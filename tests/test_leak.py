@@ -21,8 +21,9 @@ from dlgbench.case import Case
 from dlgbench.leak import Leak, Secret, Tensors, gradients, squared_distance, squared_norm
 from dlgbench.networks import Shape, build
 from dlgbench.optim import LBFGS
-from dlgbench.prepare import Dropout, Network, probe
+from dlgbench.prepare import Network, probe
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
+from dlgbench.stochastic import Dropout
 from dlgbench.victims import leak_of, network_of
 
 CASE = Case(

@@ -16,8 +16,9 @@ from torchvision.transforms.functional import normalize
 from dlgbench import networks
 from dlgbench.errors import Unsuitable, UsageError
 from dlgbench.networks import Shape, build
-from dlgbench.prepare import ACTIVATIONS, Dropout, Network, initialise, probe, replace_activation
+from dlgbench.prepare import ACTIVATIONS, Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS
+from dlgbench.stochastic import Bottleneck, Dropout, divergence
 
 PUBLISHED = [
     ("lenet5", 1, 10, 61_706),
@@ -368,11 +369,11 @@ def test_batch_norm_in_eval_mode_uses_its_running_statistics(name: str) -> None:
 @pytest.mark.parametrize("mode", ["fresh", "known"])
 def test_dropout_masks_keep_half_and_double_it(mode: str) -> None:
     network = on_meta(f"inception_v3:dropout={mode}", 2, 299)
-    ((name, mask),) = network.draw_masks(torch.Generator().manual_seed(4)).items()
+    ((name, mask),) = network.draw_masks(2, torch.Generator().manual_seed(4)).items()
     assert (name, mask.shape) == ("body.dropout.mask", (2, 2048, 1, 1))
     assert set(mask.flatten().tolist()) == {0.0, 2.0}
     assert abs(mask.mean() - 1) < 4 / 4096**0.5
-    assert torch.equal(mask, network.draw_masks(torch.Generator().manual_seed(4))[name])
+    assert torch.equal(mask, network.draw_masks(2, torch.Generator().manual_seed(4))[name])
     assert network.mask_known == (mode == "known")
 
 
@@ -382,7 +383,7 @@ def test_dropout_is_fresh_unless_told_otherwise() -> None:
 
 def test_dropout_can_be_off() -> None:
     network = on_meta("inception_v3:dropout=off", 2, 299)
-    assert not network.draw_masks(torch.Generator())
+    assert not network.draw_masks(2, torch.Generator())
     assert not any(isinstance(layer, Dropout | nn.Dropout) for layer in network.modules())
 
 
@@ -391,7 +392,7 @@ def test_dropout_has_its_rate(p: float) -> None:
     network = Network(nn.Sequential(nn.Flatten(), Dropout(p))).double()
     probe(network, (10, 1, 100, 100))
     generator = torch.Generator().manual_seed(0)
-    (mask,), (other,) = (network.draw_masks(generator).values() for _ in range(2))
+    (mask,), (other,) = (network.draw_masks(10, generator).values() for _ in range(2))
     assert (mask.dtype, mask.shape) == (torch.float64, (10, 10_000))
     assert sorted(set(mask.flatten().tolist())) == pytest.approx([0, 1 / (1 - p)])
     assert abs((mask == 0).double().mean().item() - p) < 4 * (p * (1 - p) / 1e5) ** 0.5
@@ -461,3 +462,32 @@ def test_lenets_take_a_resolution_or_refuse_it(side: int) -> None:
             built("lenet5", 1, side, 10, 1)
     else:
         assert built("lenet5", 1, side, 10, 1)(pixels(1, side, 1))[0].shape == (1, 10)
+
+
+def test_the_divergence_is_that_of_torchs_distributions() -> None:
+    code = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = torch.distributions.Normal(code[:, :6], code[:, 6:].exp().sqrt())
+    truth = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
+    assert float(divergence(code)) == pytest.approx(float(truth))
+
+
+def test_a_bottleneck_samples_with_its_draws_and_without_any_takes_the_mean() -> None:
+    layer = Bottleneck(nn.Linear(7, 3), 4).double()
+    features = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    code = features @ layer.encoder.weight.T + layer.encoder.bias
+    for draws in (torch.zeros(1, 4), torch.randn(5, 4, generator=torch.Generator().manual_seed(1))):
+        layer.sample.mask = draws.double()
+        sample = code[:, :4] + torch.sqrt(torch.exp(code[:, 4:])) * draws
+        logits = (
+            sample @ layer.decoder.weight.T + layer.decoder.bias
+        ) @ layer.head.weight.T + layer.head.bias
+        ours, theirs = layer(features)
+        torch.testing.assert_close(ours, logits)
+        torch.testing.assert_close(theirs, code)
+
+
+def test_draws_for_another_number_of_images_are_refused() -> None:
+    layer = Dropout(0.5)
+    layer.mask = torch.ones(2, 5)
+    with pytest.raises(ValueError, match="expected 2 images, for which was drawn, got 3"):
+        layer(torch.ones(3, 5))

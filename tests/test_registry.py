@@ -240,9 +240,10 @@ def test_an_only_option_may_hold_any_sign(path: str) -> None:
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("noise", Spec("noise", (("std", 0.01),))),
-        ("noise:0.5", Spec("noise", (("std", 0.5),))),
-        ("noise:std=5e-1", Spec("noise", (("std", 0.5),))),
+        ("clip", Spec("clip", (("bound", 1.0),))),
+        ("clip:0.5", Spec("clip", (("bound", 0.5),))),
+        ("clip:bound=5e-1", Spec("clip", (("bound", 0.5),))),
+        ("noise:std=5e-1", Spec("noise", (("rounds", 1), ("std", 0.5)))),
         ("none", Spec("none")),
         ("none:", Spec("none")),
     ],

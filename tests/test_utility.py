@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from scipy.stats import kstest, norm
 
 from dlgbench import runner, trial, utility
 from dlgbench.attacks.none import none
@@ -90,6 +91,27 @@ def test_batches_are_poisson_samples_and_updates_sums() -> None:
     assert float((often - 60).abs().max()) < 4.5 * math.sqrt(300 * 0.2 * 0.8)
 
 
+def test_every_update_draws_anew_for_its_images() -> None:
+    class Draws:
+        """Shares nothing, and remembers what was drawn for how many images."""
+
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def update(self, client: Any, images: torch.Tensor, labels: Any, generator: Any) -> Any:
+            (mask,) = (value for name, value in client.buffers.items() if name.endswith(".mask"))
+            assert mask.shape == (len(images), 256)
+            self.seen.append(mask)
+            return {name: torch.zeros_like(weight) for name, weight in client.weights.items()}
+
+    one, draws = defended(TRAINING, "precode"), Draws()
+    images, labels = labelled(one, DIGITS, range(60))
+    list(islice(none(network_of(one), images, labels, draws, 20, torch.Generator().manual_seed(0)), 30))
+    every = torch.cat(draws.seen)
+    assert kstest(every.flatten().numpy(), norm.cdf).pvalue > 1e-3
+    assert len({float(mask[0, 0]) for mask in draws.seen}) == 30
+
+
 def test_undefended_training_learns_and_noise_costs() -> None:
     long = replace(TRAINING, steps=400)
     plain, noisy, again = trained(long, defended(long, "noise:std=1"), long)
@@ -165,6 +187,11 @@ def test_a_run_trains_where_nobody_attacks() -> None:
     ({"dataset": DATASETS.spec("photos")}, "no classes to train for"),
     ({"batch": 4, "defense": DEFENSES.spec("secagg")}, "batch of 8 images or more"),
     ({"batch": 1, "defense": DEFENSES.spec("mixup")}, "batch of 2 images or more"),
+    (
+        {"network": NETWORKS.spec("inception_v3"), "channels": 3, "resolution": 299,
+         "defense": DEFENSES.spec("precode")},
+        "precode needs a network with one head",
+    ),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_skipped_with_a_reason(change: dict[str, Any], reason: str) -> None:
     assert reason in str(why_not(replace(TRAINING, **change), Data(None)))

@@ -90,6 +90,7 @@ class Attack(pl.LightningModule, ABC):
         self.closure = Closure(self.distance, min(width, len(starts)))
         self.trace: list[Tensor] = []
         self.closures = torch.zeros(len(starts), dtype=torch.long)
+        self.told: Tensors = {}  # of the clients' draws what was inferred, ``(case, …)``, NaN where nothing
         self._at_new_iterate = True
         self._gathered: tuple[list[int], Leak] | None = None
 
@@ -141,18 +142,21 @@ class Attack(pl.LightningModule, ABC):
         return whole
 
     def seen(self, leak: Leak, rows: list[int]) -> Leak:
-        """The leak of ``rows``, with a fresh draw for every dropout mask that it does not hold."""
+        """The leak of ``rows``, with fresh draws for every layer whose draws it does not hold."""
         some = leak if rows == list(range(len(self.active))) else self._gather(leak, rows)
         if not self.network.has_masks:
             return some
-        draws = [self.network.draw_masks(self.generators[row]) for row in rows]
+        images = self.dummy_images.shape[1]
+        draws = [self.network.draw_masks(images, self.generators[row]) for row in rows]
         masks = {name: torch.stack([draw[name] for draw in draws]).to(self.device) for name in draws[0]}
+        for name, told in self.told.items():
+            masks[name] = torch.where(told[rows].isnan(), masks[name], told[rows])
         return some._replace(buffers={**masks, **some.buffers})
 
     def example(self, leak: Leak) -> tuple[Tensor, Tensor, Leak]:
         """Arguments such as the closure will get, for measuring and compiling it; nothing is drawn."""
         some, device = leak.rows(slice(self.closure.width)), self.network.mean.device
-        masks = self.network.draw_masks(torch.Generator()) if self.network.has_masks else {}
+        masks = self.network.draw_masks(self.dummy_images.shape[1], torch.Generator())
         drawn = {name: torch.stack([mask] * self.closure.width).to(device) for name, mask in masks.items()}
         dummies = (self.pixels(self.dummy_images.to(device)), self.dummy_labels.to(device))
         images, labels = (tensor.detach()[: self.closure.width] for tensor in dummies)

@@ -42,13 +42,15 @@ def none(
     images, of 32 one in 1e14, is drawn again.
     """
     weights = {name: weight.detach() for name, weight in network.named_parameters()}
-    client = Client(network, weights, dict(network.named_buffers()))
+    buffers = dict(network.named_buffers())
     optimizer = torch.optim.Adam(weights.values(), rate)
     targets = F.one_hot(labels, len(weights[f"{network.head}.weight"])).to(images)
     while True:
         some = (torch.rand(len(images), generator=generator) < batch / len(images)).nonzero().squeeze(1)
         if not len(some):
             continue
+        drawn = {name: mask.to(images) for name, mask in network.draw_masks(len(some), generator).items()}
+        client = Client(network, weights, {**buffers, **drawn})
         shared = defense.update(client, images[some], targets[some], generator)
         for name, weight in weights.items():
             weight.grad = shared[name] * (len(some) / batch)

@@ -14,6 +14,7 @@ from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.leak import Leak, gradients, statistics
 from dlgbench.linesearch import backtracking
+from dlgbench.masks import read
 from dlgbench.optim import LBFGS
 from dlgbench.peeling import peel
 from dlgbench.prepare import Network
@@ -83,8 +84,12 @@ class Spectral(LabelsFirst):
         return self.grey + self.gain * self.spectrum.images(self.window * dummies)
 
     def look(self, leak: Leak) -> None:
-        """Labels, then where to start."""
+        """Labels, then the masks that tell, then where to start."""
         super().look(leak)
+        for row, labels in enumerate(self.dummy_labels):
+            for name, mask in read(self.network, leak.row(row), labels.argmax(1)).items():
+                unknown = torch.full((len(self.dummy_labels), *mask.shape), torch.nan).to(mask)
+                self.told.setdefault(name, unknown)[row] = mask
         self.solve(leak)
 
     def solve(self, leak: Leak) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlgbench.errors import UsageError
+from dlgbench.prepare import Network
 
 Tensors = dict[str, Tensor]
 UNIFORM = 1 / math.sqrt(12)
@@ -34,6 +35,9 @@ class Client(Protocol):
 
     def features(self, images: Tensor) -> Tensor:
         """What enters the head, ``(image, feature)``, differentiable."""
+
+    def outputs(self, images: Tensor, weights: Tensors) -> Sequence[Tensor]:
+        """All that the network gives for ``images``, the logits first, differentiable in both."""
 
 
 class Defense(ABC):
@@ -75,6 +79,13 @@ class Defense(ABC):
         """Why this cannot be run, to train with or to be attacked, and the remedy; None where it can."""
         return None
 
+    def protect(self, network: Network, shape: tuple[int, ...]) -> Network:
+        """The network that is trained instead, for images ``(image, channel, height, width)``.
+
+        It may be changed in place.  Raises Unsuitable where this defence does not fit it.
+        """
+        return network
+
     @abstractmethod
     def update(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
         """What one update of this client adds to the training, a gradient by name."""
@@ -90,9 +101,9 @@ class Defense(ABC):
         """The standard deviation of what nobody can foresee, of ``batch`` images."""
         return {name: gradient.new_zeros(()) for name, gradient in shared.items()}
 
-    def seen(self, shared: Tensors) -> Tensors:
-        """What an attacker sees of it: all, unless it is encrypted."""
-        return shared
+    def observed(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
+        """What an attacker sees of this client's share: the `update`, unless it is encrypted or repeated."""
+        return self.update(client, images, labels, generator)
 
     def size(self, shared: Tensors) -> int:
         """How many bytes a client sends for it."""

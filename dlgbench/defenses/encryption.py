@@ -53,10 +53,10 @@ class CKKS(Defense):
     def expected(self, client: Client, images: Tensor, labels: Tensor, shared: Tensors) -> Tensors:
         return client.gradient(images, labels)
 
-    def seen(self, shared: Tensors) -> Tensors:
+    def observed(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
         if self.key == "attacker":
-            return shared
-        return {name: torch.zeros_like(gradient) for name, gradient in shared.items()}
+            return self.update(client, images, labels, generator)
+        return {name: torch.zeros_like(weight) for name, weight in client.weights.items()}
 
     def size(self, shared: Tensors) -> int:
         """Of one client's ciphertexts."""

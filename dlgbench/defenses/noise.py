@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from dlgbench.defenses.base import GradientDefense, Tensors, normal, uniform
+from dlgbench.defenses.base import Client, GradientDefense, Tensors, normal, uniform
 from dlgbench.registry import DEFENSES
 
 
@@ -20,32 +22,57 @@ class NoDefense(GradientDefense):
         return gradients
 
 
-@DEFENSES.register("noise", positive=("std",))
+class _Noise(GradientDefense):
+    """Independent noise of mean 0 on every coordinate, anew in each of the ``rounds`` that an attacker sees
+    of the same batch at the same weights: of all that it knows, their mean says as much as they do."""
+
+    rounds: int
+
+    @property
+    @abstractmethod
+    def deviation(self) -> float:
+        """The standard deviation of one round's noise."""
+
+    def observed(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
+        private = client.gradient(images, labels)
+        rounds = [self(private, generator) for _ in range(self.rounds)]
+        return {name: torch.stack([shared[name] for shared in rounds]).mean(0) for name in private}
+
+    def doubt(self, shared: Tensors, batch: int) -> Tensors:
+        left = self.deviation / math.sqrt(self.rounds)
+        return {name: gradient.new_tensor(left) for name, gradient in shared.items()}
+
+
+@DEFENSES.register("noise", positive=("std", "rounds"))
 @dataclass(frozen=True)
-class GaussianNoise(GradientDefense):
+class GaussianNoise(_Noise):
     """Gaussian noise on every coordinate (Zhu et al. 2019, section 5.1)."""
 
     std: float = 0.01
+    rounds: int = 1
+
+    @property
+    def deviation(self) -> float:
+        return self.std
 
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
         return {name: g + self.std * normal(g, generator) for name, g in gradients.items()}
 
-    def doubt(self, shared: Tensors, batch: int) -> Tensors:
-        return {name: gradient.new_tensor(self.std) for name, gradient in shared.items()}
 
-
-@DEFENSES.register("laplace", positive=("scale",))
+@DEFENSES.register("laplace", positive=("scale", "rounds"))
 @dataclass(frozen=True)
-class LaplaceNoise(GradientDefense):
+class LaplaceNoise(_Noise):
     """Laplace noise on every coordinate (Zhu et al. 2019, section 5.1): its deviation is root 2 the scale."""
 
     scale: float = 0.01
+    rounds: int = 1
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(2) * self.scale
 
     def defend(self, gradients: Tensors, generator: torch.Generator) -> Tensors:
-        def noise(like: torch.Tensor) -> torch.Tensor:  # of two exponentials, the difference
+        def noise(like: Tensor) -> Tensor:  # of two exponentials, the difference
             return uniform(like, generator).log() - uniform(like, generator).log()
 
         return {name: g + self.scale * noise(g) for name, g in gradients.items()}
-
-    def doubt(self, shared: Tensors, batch: int) -> Tensors:
-        return {name: gradient.new_tensor(math.sqrt(2) * self.scale) for name, gradient in shared.items()}

@@ -80,4 +80,5 @@ def _smallest(shared: Tensor) -> Tensor:
 
 def _beyond(ours: Tensor, shared: Tensor, most: Tensor) -> Tensor:
     """``ours`` where it was shared, elsewhere by how much it is too large to have been left out."""
-    return torch.where(shared == 0, ours - torch.minimum(torch.maximum(ours, -most), most), ours)
+    room = torch.where(shared == 0, most, 0)
+    return ours - ours.clamp(-room, room)

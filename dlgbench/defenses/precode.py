@@ -1,0 +1,57 @@
+"""A network with noise before its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlgbench.defenses.base import Client, Defense, Tensors, finite
+from dlgbench.errors import Unsuitable
+from dlgbench.prepare import Network, probe
+from dlgbench.registry import DEFENSES
+from dlgbench.stochastic import Bottleneck
+
+
+@DEFENSES.register("precode", rebuilds=True, positive=("units",))
+@dataclass(frozen=True)
+class Precode(Defense):
+    """The network's head is put behind a variational bottleneck, whose noise is drawn anew at every update.
+
+    Scheliga, Maeder, Seeland 2022, "PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage",
+    section 4.  Its loss has the divergence of the code.
+    """
+
+    units: int = 256
+
+    def protect(self, network: Network, shape: tuple[int, ...]) -> Network:
+        name = network.head
+        head = network.get_submodule(name)
+        if len(network.heads) > 1 or not isinstance(head, nn.Linear):
+            raise Unsuitable("precode needs a network with one head")
+        network.set_submodule(name, Bottleneck(head, self.units))
+        del network.head  # it is kept, once asked for
+        probe(network, shape)
+        return network
+
+    def update(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
+        return finite(client.gradient(images, labels))
+
+    def expected(self, client: Client, images: Tensor, labels: Tensor, shared: Tensors) -> Tensors:
+        """Of one image, up to the bottleneck: the loss's gradient there is that of the encoder's bias.
+
+        What lies behind it, with the noise, need not be known, nor the label (as in Balunovic et al. 2022,
+        section 5, where the layers that a defence changes are not matched).
+        """
+        if len(images) > 1:
+            return client.gradient(images, labels)
+        bottleneck = client.head.removesuffix(".head")
+        slope = shared[f"{bottleneck}.encoder.bias"]
+
+        def linear(weights: Tensors) -> Tensor:
+            return (client.outputs(images, weights)[-1] * slope).sum()
+
+        ours: Tensors = torch.func.grad(linear)(client.weights)
+        behind = tuple(f"{bottleneck}.{part}." for part in ("decoder", "head"))
+        return {name: shared[name] if name.startswith(behind) else g for name, g in ours.items()}

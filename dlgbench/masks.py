@@ -1,0 +1,44 @@
+"""Dropout before the head, read off the head's gradient: a mask that is drawn is not thereby secret."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from dlgbench.leak import Leak, Tensors
+from dlgbench.prepare import Network
+from dlgbench.stochastic import Dropout
+
+
+def read(network: Network, leak: Leak, labels: Tensor) -> Tensors:
+    """One case's masks ``(image, …)``, by their buffers' names, of images with ``labels`` ``(image,)``.
+
+    In the row of an image's label in the head's weight gradient its own features count with p - 1, those of
+    all others with their p: where features are not negative, it is negative where its own were kept, unless
+    another image, of another label, is taken for this one.  Empty, where no dropout is right before the head
+    or two images share their label.
+    """
+    name = _dropout_before(network)
+    if name is None or len({*labels.tolist()}) < len(labels):
+        return {}
+    layer = network.get_submodule(name)
+    assert isinstance(layer, Dropout)
+    assert layer.shape is not None
+    kept = leak.gradients[f"{network.head}.weight"][labels] < 0
+    mask = kept.to(network.mean) / (1 - layer.p)
+    return {f"{name}.mask": mask.view(len(labels), *layer.shape[1:])}
+
+
+def _dropout_before(network: Network) -> str | None:
+    """The name of the dropout layer whose output the head takes, flattened at most."""
+    assert isinstance(network.body, fx.GraphModule)
+    calls = {f"body.{node.target}": node for node in network.body.graph.nodes if node.op == "call_module"}
+    node = calls.get(network.head)
+    while node is not None and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        module = network.body.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, Dropout):
+            return f"body.{node.target}"
+        if not isinstance(module, nn.Flatten | nn.Identity) and node.target is not torch.flatten:
+            return None
+    return None
