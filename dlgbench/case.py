@@ -84,6 +84,10 @@ class Case:
         attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
         revision = [attack.facts["revision"]] if attack and "revision" in attack.facts else []
         plain = {key: value for key, value in self.plain().items() if _LATER.get(key) != value}
+        for kind, room in ROOMS.items():
+            entry = room.entries.get(plain[kind]["name"])
+            later = entry.facts.get("later", {}) if entry else {}
+            plain[kind] = {key: value for key, value in plain[kind].items() if later.get(key) != value}
         content = json.dumps([PROTOCOL, plain, *revision], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -24,8 +24,8 @@ from dlgbench.provenance import device_name
 
 Mode = Literal["auto", "on", "off"]
 SAVED = 0.5
-"""The share of a closure's eager time that compiling is taken to save: from a third (resnet18) to four fifths
-(lenet_dlg, whose eager cases cost half as much in calls wider than the measured one) on two CPU cores."""
+"""The share of a closure's eager time that compiling is taken to save: from a third (resnet18) to three
+quarters (lenet_dlg) or more on two CPU cores."""
 
 
 def expected_seconds(leak: Leak) -> float:
@@ -115,11 +115,13 @@ def _complaint(error: Exception) -> str:
 
 
 def _seconds(closure: Closure, example: tuple[Any, Any, Leak]) -> float:
-    """Of the second call: the first is slower, up to ninefold for LeNet."""
+    """What ``width`` cases cost in the second full call: the first is slower, up to ninefold for LeNet."""
+    rows = torch.arange(closure.together, device=example[0].device) % closure.width
+    full = example[0][rows], example[1][rows], example[2].rows(rows)
     for _ in range(2):
         started = time.perf_counter()
-        float(closure(*example).objective[0])  # waits for the device
-    return round(time.perf_counter() - started, 4)
+        float(closure(*full).objective[0])  # waits for the device
+    return round((time.perf_counter() - started) * closure.width / closure.together, 4)
 
 
 def _key(identity: str, closure: Closure, device: torch.device) -> str:

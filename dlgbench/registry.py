@@ -84,7 +84,8 @@ class Room:
     def register(self, name: str, **facts: Any) -> Callable[[Factory], Factory]:
         """Decorate a factory; ``facts`` must be literals, since they are read from the source.
 
-        The fact ``positive`` names the options that must be greater than 0 and finite.
+        The fact ``positive`` names the options that must be greater than 0 and finite, ``later`` those that
+        an entry once lacked, with what it then did: these are no part of a case's identity.
         """
 
         def remember(factory: Factory) -> Factory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -13,15 +14,17 @@ from torch import nn
 from dlgbench import trial
 from dlgbench.attacks.base import Task
 from dlgbench.attacks.dlg import DLG
+from dlgbench.attacks.spectral import Spectral
 from dlgbench.callbacks import Guard, Judge
 from dlgbench.case import Case, DType, stream
-from dlgbench.leak import Leak
-from dlgbench.prepare import Network
+from dlgbench.leak import Leak, gradients
+from dlgbench.prepare import Network, probe, replace_activation
 from dlgbench.records import Record
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.stochastic import Dropout
 from dlgbench.victims import leak_of, network_of, secret_of
 
+from . import clients
 from .clients import ATTACKERS
 
 PHOTOS = DATASETS.make(DATASETS.spec("photos"), None)
@@ -200,3 +203,33 @@ def test_a_nan_objective_ends_the_trial() -> None:
     assert guard.verdicts == ["diverged"]
     assert len(attack.trace) == 2  # the start, and the point to which its first step leads
     assert torch.equal(attack.result.images, attack.best_images)
+
+
+@pytest.mark.parametrize(("labels", "told"), [([0, 2], True), ([2, 2], False)])
+def test_the_strongest_attack_reads_masks_that_it_was_not_given(labels: list[int], told: bool) -> None:
+    layers = nn.Flatten(), nn.Linear(12, 40), nn.ReLU(), nn.Identity(), nn.Linear(40, 3)
+    network = Network(replace_activation(nn.Sequential(*layers), "sigmoid"))
+    network.set_submodule("body.3", Dropout(0.5))
+    probe(network, (2, 3, 2, 2))
+    weights = {name: tensor.detach() for name, tensor in network.named_parameters()}
+    images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    mask = network.draw_masks(2, torch.Generator().manual_seed(2))
+    shared = gradients(network, weights, mask, images, F.one_hot(torch.tensor(labels), 3).float())
+    leak = Leak(*({name: t[None] for name, t in part.items()} for part in (weights, {}, shared)))
+    attack = Spectral(network, Task(2, 3, 2, 2, 3, [torch.Generator().manual_seed(0)]))
+    with torch.no_grad():
+        attack.look(leak)
+    seen = [attack.seen(leak, [0]).buffers["body.3.mask"][0] for _ in range(2)]
+    assert torch.equal(seen[0], mask["body.3.mask"]) is told
+    assert torch.equal(*seen) is told
+    assert not math.isnan(float(seen[0].sum()))
+
+
+def test_a_layer_that_shared_nothing_leaves_the_rest_of_the_gradient_sound() -> None:
+    one = clients.case(attack="spectral")
+    leak = clients.leaked(one)
+    silent = leak._replace(gradients={**leak.gradients, "body.0.weight": 0 * leak.gradients["body.0.weight"]})
+    attack = trial.attack_on([one], network_of(one))
+    values = attack.evaluate(attack.dummy_images.detach(), attack.dummy_labels.detach(), silent)
+    assert all(part.isfinite().all() for part in values)
+    assert values.images.any()

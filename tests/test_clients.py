@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlgbench.defenses import Defense, GradientDefense, aggregation, encryption, make, soteria
 from dlgbench.defenses.lightning import DefendGradients
-from dlgbench.errors import UsageError
+from dlgbench.errors import Unsuitable, UsageError
 from dlgbench.leak import Client, Tensors
 from dlgbench.networks import build
 from dlgbench.registry import DEFENSES, NETWORKS
@@ -30,9 +30,11 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def client(batch: int = BATCH) -> tuple[Client, Tensor, Tensor]:
-    """A client with the LeNet of DLG in float64, random images and one-hot labels."""
-    network = build(NETWORKS.spec("lenet_dlg"), (batch, 1, 16, 16), CLASSES, 3, torch.float64)
+def client(batch: int = BATCH, defense: str = "none") -> tuple[Client, Tensor, Tensor]:
+    """A client with the LeNet of DLG in float64 as ``defense`` has it, random images and one-hot labels."""
+    network = build(
+        NETWORKS.spec("lenet_dlg"), (batch, 1, 16, 16), CLASSES, 3, torch.float64, make(defense).protect
+    )
     weights = {name: weight.detach() for name, weight in network.named_parameters()}
     images = torch.rand(batch, 1, 16, 16, generator=seeded(1), dtype=torch.float64)
     labels = F.one_hot(torch.randint(CLASSES, (batch,), generator=seeded(2)), CLASSES).double()
@@ -55,7 +57,7 @@ def close(ours: Tensors, theirs: Tensors, rtol: float = 1e-9, atol: float = 1e-1
 
 @pytest.mark.parametrize("name", DEFENSES.entries)
 def test_every_update_keeps_names_shapes_and_dtypes_and_leaves_its_data_alone(name: str) -> None:
-    one, images, labels = client()
+    one, images, labels = client(defense=name)
     before = [tensor.clone() for tensor in (images, labels, *one.weights.values())]
     shared = make(name).update(one, images, labels, seeded())
     assert {k: (g.shape, g.dtype) for k, g in shared.items()} == {
@@ -68,7 +70,7 @@ def test_every_update_keeps_names_shapes_and_dtypes_and_leaves_its_data_alone(na
 
 @pytest.mark.parametrize("name", [name for name in DEFENSES.entries if name != "ckks"])
 def test_an_update_is_determined_by_its_generator(name: str) -> None:
-    one, images, labels = client()
+    one, images, labels = client(defense=name)
     state = torch.get_rng_state()
     first, again = (make(name).update(one, images, labels, seeded(4)) for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)
@@ -96,7 +98,7 @@ def test_what_needs_data_says_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_gradient_that_is_not_finite_is_refused(name: str) -> None:
-    one, images, labels = client()
+    one, images, labels = client(defense=name)
     images[0, 0, 3, 3] = torch.nan
     with pytest.raises(UsageError, match="finite"):
         make(name).update(one, images, labels, seeded())
@@ -306,15 +308,46 @@ def test_dropout_leaves_out_features_of_every_image() -> None:
 def with_precode(batch: int, draws: int) -> tuple[Client, Tensor, Tensor]:
     """A client whose network has a bottleneck, with noise of its own."""
     plain, images, labels = client(batch)
-    shape = (batch, 1, 16, 16)
-    network = build(
-        NETWORKS.spec("lenet_dlg"), shape, CLASSES, 3, torch.float64, make("precode:units=5").protect
-    )
-    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+    one, _, _ = client(batch, "precode:units=5")
+    network, weights = one.network, one.weights
     trunk = [name for name in plain.weights if not name.startswith(plain.head)]
     assert all(torch.equal(weights[name], plain.weights[name]) for name in trunk)
     buffers = {**dict(network.named_buffers()), **network.draw_masks(batch, seeded(draws))}
     return Client(network, weights, buffers), images, labels
+
+
+def test_precode_without_its_network_is_refused() -> None:
+    one, images, labels = client()
+    with pytest.raises(UsageError, match="expected a network with a bottleneck"):
+        make("precode").update(one, images, labels, seeded())
+
+
+@pytest.mark.parametrize("name", DEFENSES.entries)
+def test_the_registry_says_which_defences_change_the_network(name: str) -> None:
+    before, after = (client(defense=text)[0].weights for text in ("none", name))
+    assert (before.keys() != after.keys()) == ("rebuilds" in DEFENSES.entry(name).facts)
+
+
+@pytest.mark.parametrize("network", ["lenet5", "resnet18", "densenet121"])
+def test_every_network_with_one_head_takes_a_bottleneck(network: str) -> None:
+    shape = (2, 3, 64, 64)
+    with torch.device("meta"):
+        found = make("precode").protect(NETWORKS.make(NETWORKS.spec(network), shape, CLASSES), shape)
+        logits, code = found(torch.empty(shape))
+    assert (logits.shape, code.shape) == ((2, CLASSES), (2, 512))
+    assert found.get_parameter(f"{found.head}.weight").shape[0] == CLASSES
+    (mask,) = found.draw_masks(3, seeded()).values()
+    assert mask.shape == (3, 256)
+
+
+@pytest.mark.parametrize("name", ["dpsgd", "secagg", "ckks", "dropout"])
+def test_batches_for_which_was_drawn_as_a_whole_are_not_taken_apart(name: str) -> None:
+    shape = (2, 3, 299, 299)
+    with torch.device("meta"):
+        network = NETWORKS.make(NETWORKS.spec("inception_v3"), shape, CLASSES)
+    with pytest.raises(Unsuitable, match="expected a batch of 1"):
+        make(name).protect(network, shape)
+    assert make(name).protect(network, (1, *shape[1:])) is network
 
 
 def test_precode_shares_the_gradient_of_its_loss() -> None:

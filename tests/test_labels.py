@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlgbench import masks, networks
+from dlgbench.defenses import make
 from dlgbench.labels import logits, recover
 from dlgbench.leak import Leak, Tensors, gradients
 from dlgbench.prepare import Network
@@ -102,10 +103,14 @@ def with_dropout(truth: list[int]) -> tuple[Network, Leak, Tensor]:
 
 def test_a_mask_before_the_head_is_read_off_its_gradient() -> None:
     network, leak, truth = with_dropout([3, 17])
-    (found,) = masks.read(network, leak, torch.tensor([3, 17])).items()
+    labels = torch.tensor([3, 17])
+    (found,) = masks.read(network, leak, labels).items()
     assert found[0] == "body.dropout.mask"
     assert torch.equal(found[1], truth)
     assert not masks.read(network, leak, torch.tensor([3, 3]))
+    noisy = make("noise:std=1e-6")(leak.gradients, torch.Generator())
+    for other in (noisy, {name: torch.zeros_like(g) for name, g in noisy.items()}):
+        assert not masks.read(network, leak._replace(gradients=other), labels)
 
 
 def test_networks_without_dropout_before_the_head_have_no_mask_to_read() -> None:

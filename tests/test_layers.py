@@ -19,16 +19,18 @@ FLOORS: Sequence[set[str]] = (
         "linesearch",
         "batchnorm",
         "convolution",
+        "stochastic",
         "spectrum",
         "leastsquares",
         "adam",
         "doctor",
     },
-    {"prepare", "datasets", "defenses.base", "metrics", "optim"},
+    {"prepare", "datasets", "metrics", "optim"},
+    {"defenses.base"},  # some change the network
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
     {"leak", "case", "training", "defenses"},
     {"defenses.lightning"},
-    {"closures", "labels", "newton"},
+    {"closures", "labels", "masks", "newton"},
     {"compiler", "peeling"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.spectral"},  # what adapts to defences builds upon it

@@ -375,6 +375,12 @@ def test_an_attacks_revision_is_part_of_the_identity(monkeypatch: pytest.MonkeyP
     assert CASE.id == hashlib.sha256(f"[3, {IDENTITY}, 2]".encode()).hexdigest()[:16]
 
 
+def test_an_option_that_came_later_changes_the_identity_where_it_is_used() -> None:
+    noise = replace(CASE, defense=DEFENSES.spec("noise:std=0.5"))
+    before = replace(CASE, defense=Spec("noise", (("std", 0.5),)))
+    assert noise.id == before.id != replace(CASE, defense=DEFENSES.spec("noise:std=0.5,rounds=2")).id
+
+
 def test_records_of_attacks_that_this_version_does_not_know_can_be_read(tmp_path: Path) -> None:
     stranger = replace(RECORD, case=replace(CASE, attack=Spec("of_the_future", (("depth", 3),))))
     assert load(save(stranger, tmp_path)) == stranger

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dlgbench.closures import Closure, Values, width_for
+from dlgbench.closures import Closure, Values, eager_width_for, width_for
 from dlgbench.labels import logits, recover
 from dlgbench.leak import Client, Leak, Tensors, gradients, squared_distance, squared_norm
 from dlgbench.prepare import Network
@@ -86,8 +86,9 @@ class Attack(pl.LightningModule, ABC):
         self.dummy_labels = nn.Parameter(torch.stack([labels for _, labels in starts]).to(dtype))
         self.best_objective = torch.full((len(starts),), torch.inf, dtype=dtype)
         self.active = torch.ones(len(starts), dtype=torch.bool)
-        width = width_for(task.image * task.height * task.width, network.mean.device)
-        self.closure = Closure(self.distance, min(width, len(starts)))
+        size = task.image * task.height * task.width, network.mean.device
+        widths = (min(width(*size), len(starts)) for width in (width_for, eager_width_for))
+        self.closure = Closure(self.distance, *widths)
         self.trace: list[Tensor] = []
         self.closures = torch.zeros(len(starts), dtype=torch.long)
         self.told: Tensors = {}  # of the clients' draws what was inferred, ``(case, …)``, NaN where nothing

@@ -165,4 +165,5 @@ class Spectral(LabelsFirst):
 
 def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
     size = theirs.square().sum()
-    return torch.where(size > 0, (ours - theirs).square().sum() / size, 0)
+    some = size > 0  # of a layer that shared nothing there is no relative distance, nor a gradient of it
+    return torch.where(some, (ours - theirs).square().sum() / torch.where(some, size, 1), 0)

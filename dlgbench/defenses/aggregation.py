@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlgbench.defenses.base import UNIFORM, Client, Defense, Tensors, client_sums, unflat
+from dlgbench.defenses.base import UNIFORM, Client, Defense, Tensors, client_sums, taken_apart, unflat
 from dlgbench.errors import UsageError
+from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 
 MODULUS = 2**32
@@ -41,6 +42,9 @@ class SecureAggregation(Defense):
                 f"secagg: expected fewer clients that drop out than the {self.clients} that there are, got "
                 f"{self.dropped}"
             )
+
+    def protect(self, network: Network, shape: tuple[int, ...]) -> Network:
+        return taken_apart(network, shape)
 
     @property
     def least(self) -> int:

@@ -10,7 +10,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-from dlgbench.errors import UsageError
+from dlgbench.errors import Unsuitable, UsageError
 from dlgbench.prepare import Network
 
 Tensors = dict[str, Tensor]
@@ -133,6 +133,15 @@ class GradientDefense(Defense):
 
     def expected(self, client: Client, images: Tensor, labels: Tensor, shared: Tensors) -> Tensors:
         return self.foreseen(client.gradient(images, labels), shared)
+
+
+def taken_apart(network: Network, shape: tuple[int, ...]) -> Network:
+    """``network``, for a defence that takes a batch apart; raises Unsuitable where that cannot be."""
+    if network.has_masks and shape[0] > 1:
+        raise Unsuitable(
+            "this defence takes batches apart and this network draws for whole ones: expected a batch of 1"
+        )
+    return network
 
 
 def finite(gradients: Tensors) -> Tensors:

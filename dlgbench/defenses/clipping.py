@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlgbench.defenses.base import Client, Defense, GradientDefense, Tensors, clipped, finite, normal
+from dlgbench.defenses.base import (
+    Client,
+    Defense,
+    GradientDefense,
+    Tensors,
+    clipped,
+    finite,
+    normal,
+    taken_apart,
+)
+from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 
 PROMISE = 100.0
@@ -40,6 +50,9 @@ class DPSGD(Defense):
 
     multiplier: float = 1.0
     bound: float = 1.0
+
+    def protect(self, network: Network, shape: tuple[int, ...]) -> Network:
+        return taken_apart(network, shape)
 
     def update(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
         mean = finite(self.expected(client, images, labels, {}))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlgbench.defenses.base import Client, Defense, Tensors, finite
+from dlgbench.defenses.base import Client, Defense, Tensors, finite, taken_apart
 from dlgbench.errors import UsageError
+from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 
 
@@ -26,6 +27,9 @@ class Dropout(Defense):
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
             raise UsageError(f"dropout: expected the share that is dropped in [0, 1), got share={self.share}")
+
+    def protect(self, network: Network, shape: tuple[int, ...]) -> Network:
+        return taken_apart(network, shape)
 
     def update(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
         features = client.weights[f"{client.head}.weight"].shape[1]

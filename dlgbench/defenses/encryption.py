@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dlgbench.defenses.base import Client, Defense, Tensors, client_sums, finite, unflat
+from dlgbench.defenses.base import Client, Defense, Tensors, client_sums, finite, taken_apart, unflat
+from dlgbench.prepare import Network
 from dlgbench.registry import DEFENSES
 
 DEGREE = 8192
@@ -33,6 +34,9 @@ class CKKS(Defense):
 
     clients: int = 2
     key: Literal["clients", "attacker"] = "clients"
+
+    def protect(self, network: Network, shape: tuple[int, ...]) -> Network:
+        return taken_apart(network, shape)
 
     @property
     def least(self) -> int:

@@ -35,15 +35,17 @@ class _Noise(GradientDefense):
 
     def observed(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
         private = client.gradient(images, labels)
-        rounds = [self(private, generator) for _ in range(self.rounds)]
-        return {name: torch.stack([shared[name] for shared in rounds]).mean(0) for name in private}
+        total = self(private, generator)
+        for _ in range(self.rounds - 1):
+            total = {name: total[name] + shared for name, shared in self(private, generator).items()}
+        return {name: shared / self.rounds for name, shared in total.items()}
 
     def doubt(self, shared: Tensors, batch: int) -> Tensors:
         left = self.deviation / math.sqrt(self.rounds)
         return {name: gradient.new_tensor(left) for name, gradient in shared.items()}
 
 
-@DEFENSES.register("noise", positive=("std", "rounds"))
+@DEFENSES.register("noise", later={"rounds": 1}, positive=("std", "rounds"))
 @dataclass(frozen=True)
 class GaussianNoise(_Noise):
     """Gaussian noise on every coordinate (Zhu et al. 2019, section 5.1)."""
@@ -59,7 +61,7 @@ class GaussianNoise(_Noise):
         return {name: g + self.std * normal(g, generator) for name, g in gradients.items()}
 
 
-@DEFENSES.register("laplace", positive=("scale", "rounds"))
+@DEFENSES.register("laplace", later={"rounds": 1}, positive=("scale", "rounds"))
 @dataclass(frozen=True)
 class LaplaceNoise(_Noise):
     """Laplace noise on every coordinate (Zhu et al. 2019, section 5.1): its deviation is root 2 the scale."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlgbench.defenses.base import Client, Defense, Tensors, finite
-from dlgbench.errors import Unsuitable
+from dlgbench.errors import Unsuitable, UsageError
 from dlgbench.prepare import Network, probe
 from dlgbench.registry import DEFENSES
 from dlgbench.stochastic import Bottleneck
@@ -36,6 +36,11 @@ class Precode(Defense):
         return network
 
     def update(self, client: Client, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensors:
+        """Of a network that `protect` has changed; the noise is the client's, from `Network.draw_masks`."""
+        if f"{_bottleneck(client)}.encoder.bias" not in client.weights:
+            raise UsageError(
+                "precode: expected a network with a bottleneck, got one without; call `protect` first"
+            )
         return finite(client.gradient(images, labels))
 
     def expected(self, client: Client, images: Tensor, labels: Tensor, shared: Tensors) -> Tensors:
@@ -46,7 +51,7 @@ class Precode(Defense):
         """
         if len(images) > 1:
             return client.gradient(images, labels)
-        bottleneck = client.head.removesuffix(".head")
+        bottleneck = _bottleneck(client)
         slope = shared[f"{bottleneck}.encoder.bias"]
 
         def linear(weights: Tensors) -> Tensor:
@@ -55,3 +60,7 @@ class Precode(Defense):
         ours: Tensors = torch.func.grad(linear)(client.weights)
         behind = tuple(f"{bottleneck}.{part}." for part in ("decoder", "head"))
         return {name: shared[name] if name.startswith(behind) else g for name, g in ours.items()}
+
+
+def _bottleneck(client: Client) -> str:
+    return client.head.removesuffix(".head")

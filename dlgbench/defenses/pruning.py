@@ -80,5 +80,4 @@ def _smallest(shared: Tensor) -> Tensor:
 
 def _beyond(ours: Tensor, shared: Tensor, most: Tensor) -> Tensor:
     """``ours`` where it was shared, elsewhere by how much it is too large to have been left out."""
-    room = torch.where(shared == 0, most, 0)
-    return ours - ours.clamp(-room, room)
+    return ours - torch.where(shared == 0, ours.clamp(-most, most), 0)
