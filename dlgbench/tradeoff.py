@@ -88,7 +88,7 @@ class Tradeoff:
 
 
 def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Tradeoff]:
-    """One row per network, batch and defence, by what is recovered least; empty where nothing was trained."""
+    """One row per network, data, batch and defence, by what leaks least; empty where nothing was trained."""
     trained: dict[Key, list[Case]] = {}
     attacked: dict[Key, list[Case]] = {}
     for case in manifest.cases:
@@ -176,4 +176,4 @@ def _rank(row: Tradeoff) -> Key:
     best = row.strongest
     rate = best.recovered / best.trials if best else math.inf
     lost = math.inf if row.lost is None else row.lost
-    return row.name, row.batch, rate, lost, row.defense
+    return row.name, row.dataset, row.batch, rate, lost, row.defense
