@@ -20,9 +20,9 @@ TOLERANCE = 0.01
 WIDTH = {"cpu": 2, "cuda": 256}
 """How many cases of one or two images of 32 px a call takes, by device.  On a CPU core more gain little
 (LeNet: 0.30, not 0.32 ms a case), and the fewer, the fewer calls are filled up with what nobody wants."""
-EAGER = {"cpu": 8}
+EAGER = {"cpu": 16}
 """How many an eager call takes at least, where it takes several: they share what every operation costs
-(LeNet: 1.6, not 3.1 ms a case)."""
+(LeNet: 1.4, not 3.1 ms a case)."""
 
 
 class Miscompiled(RuntimeError):
@@ -38,10 +38,10 @@ class Values(NamedTuple):
 
 
 class Closure:
-    """Evaluates ``objective`` and its gradient for many cases, at most ``width`` in one call.
+    """Evaluates ``objective`` and its gradient for many cases.
 
-    It starts eager.  After `load` it is compiled code, whose every call takes exactly ``width``
-    cases: `rounded` says how many to give it.
+    It starts eager, with at most ``eager_width`` cases in one call.  After `load` it is compiled code,
+    whose every call takes exactly ``width``: `rounded` says how many to give it.
     """
 
     def __init__(self, objective: Objective, width: int = 1, eager_width: int | None = None) -> None:
