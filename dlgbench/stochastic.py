@@ -69,8 +69,8 @@ class Sample(Stochastic):
 class Bottleneck(nn.Module):
     """A head behind a variational bottleneck of so many ``units``.
 
-    Scheliga, Maeder, Seeland 2022, "PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage",
-    section 4; it gives the logits and the code, ``(image, 2 units)``, for the `divergence`.
+    Scheliga, Maeder, Seeland 2022, "PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage".
+    It gives the logits and the code, ``(image, 2 units)``, for the `divergence`.
     """
 
     def __init__(self, head: nn.Linear, units: int) -> None:

@@ -20,7 +20,7 @@ class Precode(Defense):
     """The network's head is put behind a variational bottleneck, whose noise is drawn anew at every update.
 
     Scheliga, Maeder, Seeland 2022, "PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage",
-    section 4.  Its loss has the divergence of the code.
+    with their 256 units.  Its loss has the divergence of the code.
     """
 
     units: int = 256
@@ -46,8 +46,7 @@ class Precode(Defense):
     def expected(self, client: Client, images: Tensor, labels: Tensor, shared: Tensors) -> Tensors:
         """Of one image, up to the bottleneck: the loss's gradient there is that of the encoder's bias.
 
-        What lies behind it, with the noise, need not be known, nor the label (as in Balunovic et al. 2022,
-        section 5, where the layers that a defence changes are not matched).
+        What lies behind it, with the noise, need not be known, nor the label.
         """
         if len(images) > 1:
             return client.gradient(images, labels)
