@@ -58,7 +58,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         variance, mean = torch.var_mean(x, dim=DIMENSIONS, correction=0, keepdim=True)
-        r = (variance + eps).rsqrt()
+        r = _kept((variance + eps).rsqrt())
         h = (x - mean) * r
         return h * w + b, h, r
 
@@ -104,6 +104,10 @@ class _Gradient(torch.autograd.Function):
         of_h = -(w * in_w * r + of_g * dw) / count - of_u * mean_hu
         in_x = g * of_g + u * of_u + h * of_h - (of_g * db / count + of_u * mean_u)
         return in_g, in_x, in_w, None, None
+
+
+def _kept(values: Tensor) -> Tensor:
+    return values.as_strided(values.shape, values.stride())
 
 
 def _total(values: Tensor) -> Tensor:

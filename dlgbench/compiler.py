@@ -23,6 +23,11 @@ from dlgbench.leak import Leak
 from dlgbench.provenance import device_name
 
 Mode = Literal["auto", "on", "off"]
+MODULES = (
+    "batchnorm", "bilinear", "closures", "convolution", "leak", "networks", "prepare", "softening",
+    "spectrum", "stochastic", "window", "winograd",
+)  # fmt: skip
+"""What a closure may run code of, beside attacks and defences."""
 SAVED = 0.5
 """The share of a closure's eager time that compiling is taken to save: from a third (resnet18) to three
 quarters (lenet_dlg) or more on two CPU cores."""
@@ -137,10 +142,9 @@ def _note(path: Path) -> Path:
 
 @cache
 def _sources() -> str:
-    """A digest of all modules that a closure may run code of."""
+    """A digest of all code that a closure may run."""
     root = Path(dlgbench.__file__).parent
-    own = ("batchnorm", "closures", "convolution", "leak", "networks", "prepare", "softening", "spectrum")
-    files = [root / f"{name}.py" for name in (*own, "stochastic")]
+    files = [root / f"{name}.py" for name in MODULES]
     files += [file for folder in ("attacks", "defenses") for file in sorted((root / folder).glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

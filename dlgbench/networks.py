@@ -172,6 +172,7 @@ def _torchvision(
     _swap(body, nn.BatchNorm2d, NORMS[batchnorm])
     network = Network(body, IMAGENET_MEAN, IMAGENET_STD, heads, mask_known=dropout == "known")
     initialise(network, init, activation)
+    _swap(network, nn.Conv2d, Conv2d)
     try:
         probe(network, shape)
     except (RuntimeError, ValueError) as error:

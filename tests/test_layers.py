@@ -18,14 +18,16 @@ FLOORS: Sequence[set[str]] = (
         "provenance",
         "linesearch",
         "batchnorm",
-        "convolution",
+        "bilinear",
+        "window",
         "stochastic",
         "spectrum",
         "leastsquares",
         "adam",
         "doctor",
     },
-    {"prepare", "datasets", "metrics", "optim"},
+    {"winograd"},
+    {"convolution", "prepare", "datasets", "metrics", "optim"},
     {"defenses.base"},  # some change the network
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
     {"leak", "case", "training", "defenses"},
