@@ -77,7 +77,7 @@ def test_every_network_and_activation_is_traced() -> None:
 @pytest.mark.parametrize("network", GRAPHS)
 def test_the_traced_closure_is_the_eager_one(network: str) -> None:
     attack, leak = prepared(network, dtype="float64")
-    example = attack.example(leak)
+    example = attack.example(attack.closure.arranged(leak))
     graph = attack.closure.trace(*example)
     values = graph(*tree_flatten(example)[0])
     assert_alike(values, attack.closure(*example), 1e-9)
