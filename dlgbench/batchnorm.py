@@ -107,6 +107,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _kept(values: Tensor) -> Tensor:
+    """The same in memory of its own: inductor works anything else out anew for every pixel."""
     return values.as_strided(values.shape, values.stride())
 
 
