@@ -29,8 +29,8 @@ MODULES = (
 )  # fmt: skip
 """What a closure may run code of, beside attacks and defences."""
 SAVED = 0.5
-"""The share of a closure's eager time that compiling is taken to save: from a third (resnet18) to three
-quarters (lenet_dlg) or more on two CPU cores."""
+"""The share of a closure's eager time that compiling is taken to save, with caution: measured on two CPU
+cores, six tenths (resnet18, inception_v3) to nine (lenet_dlg)."""
 
 
 def expected_seconds(leak: Leak) -> float:

@@ -24,8 +24,6 @@ VECTOR = 32
 TILES, CHANNELS, PIXELS = 49, 32, 200
 """Winograd's maps cost less than they save from so many tiles on and, a map of C channels to K, from this
 C K / (C + K) on; copies of all that a larger kernel sees, up to so many pixels of output."""
-
-
 _Method = Callable[[Tensor, Tensor, Window], Tensor]
 
 

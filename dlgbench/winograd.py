@@ -2,8 +2,8 @@
 
 F(2 x 2, 3 x 3) of Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.1:
 tiles of 4 x 4 pixels that overlap by two are mapped by B, kernels by G, and the products of the two,
-summed over the channels, by A.  In float32 it errs no more than the direct sum: half as much on the
-layers of ResNet-18.
+summed over the channels, by A.  In float32 it errs like the direct sum: half as much on the layers
+of ResNet-18.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def test_winograds_maps_are_a_convolution(side: int, padding: int) -> None:
     torch.testing.assert_close(found.permute(0, 3, 1, 2), truth)
 
 
-def test_winograds_maps_err_no_more_than_the_direct_sum() -> None:
+def test_winograds_maps_err_like_the_direct_sum() -> None:
+    """Measured: 0.6 times as much."""
     x, weight = images(1, 56, 56, 64), images(64, 3, 3, 64)
     truth = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), padding=1)
     window = Window.of((3, 3), 1, (1, 1), (56, 56))
