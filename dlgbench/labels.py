@@ -26,7 +26,7 @@ def recover(network: Network, leak: Leak, grey: Tensor) -> Tensor:
     """The labels of one case's private batch in ascending order, ``(image,)``.
 
     ``grey`` are images of the batch's shape without content.  For one image the label is the one
-    entry of the bias' gradient that is negative, or without a bias of the sums of the weight
+    entry of the bias' gradient that is negative, or where that tells nothing of the sums of the weight
     gradient's rows, where the features are not negative (iDLG, equation 6).  For several, the
     class that the batch still lacks most is taken, again and again, by its expected `counts`.
     """
@@ -43,16 +43,18 @@ def counts(network: Network, leak: Leak, grey: Tensor) -> Tensor:
 
     ``B (p - mean gradient of the bias)`` with the mean prediction p: of the mean private feature,
     read off the rows of classes that are not in the batch (Ma et al. 2023, "Instance-wise Batch
-    Label Restoration via Gradients", section 4), or where there is no bias, of a grey image.
+    Label Restoration via Gradients", section 4), or where the bias tells nothing, because there is
+    none or a defence has left its gradient out, of a grey image.
     """
     weight, bias = leak.weights[f"{network.head}.weight"], leak.weights.get(f"{network.head}.bias")
     rows = leak.gradients[f"{network.head}.weight"] / network.heads[0]
-    if bias is None:
-        feature = inputs(network, leak.weights, leak.buffers, grey, [network.head])[network.head].mean(0)
-        slopes, bias = rows.sum(1) / feature.sum(), torch.zeros_like(rows[:, 0])
-    else:
-        slopes = leak.gradients[f"{network.head}.bias"] / network.heads[0]
+    slopes = torch.zeros_like(rows[:, 0]) if bias is None else leak.gradients[f"{network.head}.bias"]
+    if slopes.any():
+        slopes = slopes / network.heads[0]
         absent = slopes > 0
         feature = rows[absent].sum(0) / slopes[absent].sum()
-    predicted = (feature @ weight.T + bias).softmax(0) if len(grey) > 1 else torch.zeros_like(slopes)
+    else:
+        feature = inputs(network, leak.weights, leak.buffers, grey, [network.head])[network.head].mean(0)
+        slopes = rows.sum(1) / feature.sum()
+    predicted = F.linear(feature, weight, bias).softmax(0) if len(grey) > 1 else torch.zeros_like(slopes)
     return (len(grey) * (predicted - slopes)).nan_to_num()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dlgbench import exits, records, tradeoff
 from dlgbench.errors import UsageError
+from dlgbench.registry import DEFENSES, Spec
 from dlgbench.store import Store
 from dlgbench.text import printable
 from dlgbench.tradeoff import Rate, Tradeoff
@@ -73,6 +74,7 @@ def judged(rows: Sequence[Tradeoff], most_lost: float, most_recovered: float) ->
     Cheaper is what takes less time an update, to a tenth of the undefended one's; then what sends less.
     """
     found = [_judge(row, most_lost, most_recovered) for row in rows]
+    found = [replace(one, why=one.why + _repeated(one.row, rows)) if one.will_do else one for one in found]
     cheapest = sorted((one for one in found if one.will_do), key=lambda one: _price(one.row))
     return cheapest + sorted((one for one in found if not one.will_do), key=lambda one: _risk(one.row))
 
@@ -104,6 +106,21 @@ def _leak(rate: Rate) -> str:
     return (
         f"{rate.attack} recovered {rate.recovered} of {rate.trials}, which allows for {rate.interval[1]:.0%}"
     )
+
+
+def _repeated(row: Tradeoff, rows: Sequence[Tradeoff]) -> str:
+    """What leaks where the same batch is seen for several rounds, if that was measured."""
+    for other in rows:
+        rounds = DEFENSES.spec(other.defense).get("rounds")
+        same = rounds != 1 and other.batch == row.batch and _once(other.defense) == DEFENSES.spec(row.defense)
+        if rounds and same and other.strongest:
+            return f"; seen for {rounds} rounds, {_leak(other.strongest)}"
+    return ""
+
+
+def _once(defense: str) -> Spec:
+    spec = DEFENSES.spec(defense)
+    return Spec(spec.name, tuple((key, 1 if key == "rounds" else value) for key, value in spec.options))
 
 
 def _because(row: Tradeoff) -> str:

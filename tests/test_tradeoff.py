@@ -214,6 +214,21 @@ def test_one_who_was_not_attacked_by_an_adaptive_attacker_is_not_trusted() -> No
     assert recommend.best(found) is None
 
 
+def test_a_defence_that_will_do_tells_what_leaks_where_it_is_seen_again() -> None:
+    often = "noise:rounds=100,std=0.1"
+    groups = [
+        attacked("noise:std=0.1", "spectral", ["failed"] * 20),
+        attacked("noise:std=0.1", "adaptive", ["failed"] * 20),
+        trained("noise:std=0.1", [0.89, 0.91, 0.93]),
+        attacked(often, "spectral", ["failed"] * 20),
+        attacked(often, "adaptive", ["exact"] * 17 + ["failed"] * 3),
+        trained(often, [0.89, 0.91, 0.93]),
+    ]
+    why = {one.row.defense: one.why for one in recommend.judged(rows(*SOME, *groups), 0.02, 0.2)}
+    assert "; seen for 100 rounds, adaptive recovered 17 of 20" in why["noise:std=0.1"]
+    assert "rounds" not in why["sign"] + why[often]
+
+
 def stored(tmp_path: Path, *groups: list[Record]) -> Path:
     store = Store(tmp_path / "out")
     store.prepare()
