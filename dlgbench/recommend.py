@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dlgbench import exits, records, tradeoff
 from dlgbench.errors import UsageError
-from dlgbench.registry import DEFENSES, Spec
+from dlgbench.registry import DEFENSES
 from dlgbench.store import Store
 from dlgbench.text import printable
 from dlgbench.tradeoff import Rate, Tradeoff
@@ -111,16 +111,14 @@ def _leak(rate: Rate) -> str:
 def _repeated(row: Tradeoff, rows: Sequence[Tradeoff]) -> str:
     """What leaks where the same batch is seen for several rounds, if that was measured."""
     for other in rows:
-        rounds = DEFENSES.spec(other.defense).get("rounds")
-        same = rounds != 1 and other.batch == row.batch and _once(other.defense) == DEFENSES.spec(row.defense)
-        if rounds and same and other.strongest:
-            return f"; seen for {rounds} rounds, {_leak(other.strongest)}"
+        spec = DEFENSES.spec(other.defense)
+        once = replace(
+            spec, options=tuple((key, 1 if key == "rounds" else value) for key, value in spec.options)
+        )
+        again = spec != once == DEFENSES.spec(row.defense) and other.batch == row.batch
+        if again and other.strongest:
+            return f"; seen for {spec.get('rounds')} rounds, {_leak(other.strongest)}"
     return ""
-
-
-def _once(defense: str) -> Spec:
-    spec = DEFENSES.spec(defense)
-    return Spec(spec.name, tuple((key, 1 if key == "rounds" else value) for key, value in spec.options))
 
 
 def _because(row: Tradeoff) -> str:
