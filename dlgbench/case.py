@@ -83,13 +83,17 @@ class Case:
         """The content hash that names the record: 16 hexadecimal digits."""
         attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
         revision = [attack.facts["revision"]] if attack and "revision" in attack.facts else []
+        content = json.dumps([PROTOCOL, self.identity(), *revision], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """`plain` without what cases once lacked, where it has the value that was meant then."""
         plain = {key: value for key, value in self.plain().items() if _LATER.get(key) != value}
         for kind, room in ROOMS.items():
             entry = room.entries.get(plain[kind]["name"])
             later = entry.facts.get("later", {}) if entry else {}
             plain[kind] = {key: value for key, value in plain[kind].items() if later.get(key) != value}
-        content = json.dumps([PROTOCOL, plain, *revision], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return plain
 
     def plain(self) -> dict[str, Any]:
         """The case as JSON values; `from_plain` is its inverse."""

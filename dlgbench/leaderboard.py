@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -110,7 +110,7 @@ def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Row]:
 
 def key(case: Case) -> Key:
     """What the trials of one row have in common: all but image and seed."""
-    return tuple(str(getattr(case, item.name)) for item in fields(case) if item.name not in PER_TRIAL)
+    return tuple(str(item) for item in case.identity().items() if item[0] not in PER_TRIAL)
 
 
 def _row(group: Sequence[Record], planned: int) -> Row:

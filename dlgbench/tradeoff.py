@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -98,9 +98,10 @@ def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Tradeoff]:
     return sorted(found, key=_rank)
 
 
-def subject(case: Case, **changes: Any) -> Key:
-    """What an attack and a training have in common, with some fields changed."""
-    return tuple(str(changes.get(name, getattr(case, name))) for name in SAME)
+def subject(case: Case) -> Key:
+    """What an attack and a training have in common."""
+    identity = case.identity()
+    return tuple(str(identity[name]) for name in SAME)
 
 
 def _tradeoff(
@@ -113,7 +114,7 @@ def _tradeoff(
     naive, adaptive = (_strongest([r for r in ran if r.case.adapts == knows]) for knows in (False, True))
     best = max(filter(None, (naive, adaptive)), key=_strength, default=None)
     training = trained.get((*subject(case), 0), [])
-    plain = trained.get((*subject(case, defense=DEFENSES.spec("none")), 0), [])
+    plain = trained.get((*subject(replace(case, defense=DEFENSES.spec("none"))), 0), [])
     costs = recorded(training)
     reasons = [printable(record.reason) for record in (*ran, *costs) if record.status == "skipped"]
     return Tradeoff(

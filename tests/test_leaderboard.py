@@ -129,6 +129,14 @@ def test_partial_rows_are_named_but_in_no_leaderboard() -> None:
     assert json.loads(render.as_json("t", rows))["rows"][0]["partial"] is True
 
 
+def test_a_record_made_before_an_option_existed_counts_where_the_option_is_spelled_out() -> None:
+    noisy = [replace(case(seed), defense=DEFENSES.spec("noise:std=0.5")) for seed in (0, 1)]
+    before = replace(noisy[0], defense=Spec("noise", (("std", 0.5),)))
+    records = {one.id: record(one, 50, "exact") for one in (before, noisy[1])}
+    [row, _] = leaderboard.table(Manifest("p", "t", "quick", tuple(noisy)), records)
+    assert (row.trials, row.planned, row.exact) == (2, 2, 2)
+
+
 NASTY = "folder:path=/a|b_c&d%e$f#{g}~^\\<script>[link](x)=`x`"
 
 

@@ -20,7 +20,7 @@ from dlgbench import cli, exits, pareto, plots, recommend, render, tradeoff
 from dlgbench.case import Case
 from dlgbench.leaderboard import wilson
 from dlgbench.records import Manifest, Record
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, Spec
 from dlgbench.store import Store
 from dlgbench.tradeoff import Rate, Tradeoff
 
@@ -76,6 +76,16 @@ SOME = (
 
 def by_name(found: list[Tradeoff]) -> dict[str, Tradeoff]:
     return {row.defense: row for row in found}
+
+
+def test_records_made_before_an_option_existed_count_where_it_is_spelled_out() -> None:
+    records = [*SOME[0], *SOME[2], *SOME[3], *SOME[5]]
+    expected = rows(records)
+    spelled = Manifest("defenses", "t", "quick", tuple(record.case for record in records))
+    before = Spec("noise", (("std", 0.01),))
+    some_noise = [r.case for r in records if r.case.defense.name == "noise" and r.case.seed < 2]
+    old = [replace(r, case=replace(r.case, defense=before)) if r.case in some_noise else r for r in records]
+    assert tradeoff.table(spelled, {record.case.id: record for record in old}) == expected
 
 
 def test_a_defence_is_scored_by_the_stronger_attack_with_the_naive_one_beside_it() -> None:
