@@ -74,6 +74,13 @@ def test_a_label_is_found_where_little_is_shared(name: str, defense: str) -> Non
         assert recovered(name, [7 * seed], seed=seed, defense=defense) == [7 * seed]
 
 
+@pytest.mark.parametrize("defense", ["clip:bound=0.001", "clip:bound=1"])
+@pytest.mark.parametrize("truth", [[5, 5], [0, 3, 3, 3], [1, 2, 4, 8, 8, 16, 16, 19], [9] * 8])
+@pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "resnet18"])
+def test_duplicates_are_counted_in_a_clipped_gradient(name: str, truth: list[int], defense: str) -> None:
+    assert recovered(name, truth, defense=defense) == truth
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=8), st.integers(0, 1000))
 def test_any_batch_of_an_untrained_lenet_is_counted(truth: list[int], seed: int) -> None:
