@@ -78,9 +78,9 @@ COLUMNS = (
     Column("attack", "with every option that is not its default", 0, lambda row: row.attack, True),
     Column("defense", "what the client does to its gradient", 0, lambda row: row.defense, True),
     Column("data", "the dataset of the private images", 0, lambda row: row.dataset, True),
-    Column("px", "resolution of the private images", 1, lambda row: str(row.resolution)),
-    Column("B", "images per gradient", 1, lambda row: str(row.batch)),
-    Column("steps", "of the attack's optimiser; fewer than 300 are a taste, not the study's protocol", 1,
+    Column("px", "resolution of the private images", 0, lambda row: str(row.resolution)),
+    Column("B", "images per gradient", 0, lambda row: str(row.batch)),
+    Column("steps", "of the attack's optimiser; fewer than 300 are a taste, not the study's protocol", 2,
            lambda row: f"{row.steps}" if row.attack else "–"),
     Column("recovered", "trials whose every image is recognisable or better, 95 % Wilson interval", 0, _rate),
     Column("exact", "trials whose every image has PSNR ≥ 40 dB", 2,
@@ -91,7 +91,7 @@ COLUMNS = (
            lambda row: _number(row.pearson_quarter, ".2f")),
     Column("PSNR ax+b", "dB after the best affine map of pixel values, median", 5,
            lambda row: _number(row.psnr_affine, ".1f")),
-    Column("labels", "share of the private labels that were found, of whichever image of the batch", 2,
+    Column("labels", "share of the private labels that were found, of whichever image of the batch", 1,
            lambda row: _number(row.label_accuracy, ".0%")),
     Column("conv.", "median step from which the MSE stays within twice its last value, if not failed", 4,
            lambda row: _number(row.convergence_step, ".0f")),
@@ -130,7 +130,7 @@ TRADEOFFS = (
            lambda row: _number(row.slower, ".1f")),
     Column("missing", "what could not be measured, and why", 1, _missing, True, 18),
 )  # fmt: skip
-_HOISTED = ("attack", "defense", "data", "dtype")
+_HOISTED = ("attack", "defense", "data", "px", "B", "steps", "dtype")
 
 
 def of(rows: Sequence[Row | Tradeoff]) -> Sequence[Column]:
