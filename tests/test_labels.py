@@ -81,6 +81,13 @@ def test_duplicates_are_counted_in_a_clipped_gradient(name: str, truth: list[int
     assert recovered(name, truth, defense=defense) == truth
 
 
+@pytest.mark.parametrize("truth", [[7], [5, 5], [0, 3, 3, 3], [1, 2, 4, 8, 8, 16, 16, 19]])
+def test_noise_is_averaged_over_all_of_the_heads_gradient(truth: list[int]) -> None:
+    """The bias' gradient alone, of 20 entries, drowns in it."""
+    for seed in range(5):
+        assert recovered("lenet5", truth, seed=seed, defense="noise:std=0.1") == truth
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=8), st.integers(0, 1000))
 def test_any_batch_of_an_untrained_lenet_is_counted(truth: list[int], seed: int) -> None:
