@@ -15,15 +15,12 @@ from dlgbench.prepare import Network
 
 CERTAIN = 1e4
 """Logits of 0 and less this are exactly 1 and 0 after a softmax, in float32 and float64."""
-
-
 LENGTHS = torch.logspace(-1.5, 0.2, 35)
 """What the norm of ``p - y``, meaned over a batch, may be: it is at most the root of 2."""
 MARGIN = 0.1
 """Chosen on batches of 2 to 8 on both LeNets: with less, noise and ReLU pass for a factor."""
-
 DISTURBED = 0.02
-"""Rounding to int8 leaves up to 0.007 of the sum of magnitudes, Gaussian noise of 0.01 from 0.023 on."""
+"""How much of its entries' magnitudes a sum over the classes may keep: rounded to int8 it is up to 0.009."""
 
 
 def logits(indices: Tensor, classes: int) -> Tensor:
@@ -34,10 +31,8 @@ def logits(indices: Tensor, classes: int) -> Tensor:
 def recover(network: Network, leak: Leak, grey: Tensor) -> Tensor:
     """The labels of one case's private batch in ascending order, ``(image,)``.
 
-    ``grey`` are images of the batch's shape without content.  For one image the label is the one
-    entry of the bias' gradient that is negative, or where that tells nothing of the sums of the weight
-    gradient's rows, where the features are not negative (iDLG, equation 6).  For several, the
-    whole `counts` that explain the gradient.
+    ``grey`` are images of the batch's shape without content.  For one image the label is the entry of
+    the bias' gradient that is negative (iDLG, equation 3), for several the `counts` that explain it.
     """
     predicted, slopes = head(network, leak, grey)
     if len(grey) == 1:

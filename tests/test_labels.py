@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from dlgbench.labels import logits, recover
 from dlgbench.leak import Leak, Tensors, gradients
 from dlgbench.prepare import Network
 from dlgbench.registry import NETWORKS
+from dlgbench.victims import network_of, secret_of
+
+from .clients import PHOTOS, case, leaked
 
 SIDES = {"resnet18": 64, "densenet121": 64, "inception_v3": 299}
 CLASSES = 20
@@ -86,6 +91,22 @@ def test_noise_is_averaged_over_all_of_the_heads_gradient(truth: list[int]) -> N
     """The bias' gradient alone, of 20 entries, drowns in it."""
     for seed in range(5):
         assert recovered("lenet5", truth, seed=seed, defense="noise:std=0.1") == truth
+
+
+@pytest.mark.parametrize(
+    ("defense", "batch", "least"),
+    [("soteria:share=0.8", 8, 0.95), ("dpsgd:multiplier=0.3", 8, 0.7), ("dpsgd:multiplier=0.3", 1, 0.7)],
+)
+def test_a_defence_of_the_features_or_with_weak_noise_hides_no_labels(
+    defense: str, batch: int, least: float
+) -> None:
+    """Of twenty clients; chance is a tenth of single labels and 57 % of eight."""
+    found = 0
+    for seed in range(20):
+        one = case(image=0, seed=seed, batch=batch, classes=10, defense=defense, dtype="float32")
+        labels = recover(network_of(one), leaked(one).row(0), torch.full(one.shape, 0.5)).tolist()
+        found += (Counter(labels) & Counter(secret_of(one, PHOTOS).labels[0].tolist())).total()
+    assert found >= least * 20 * batch
 
 
 @settings(max_examples=25, deadline=None)
