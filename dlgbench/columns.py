@@ -130,7 +130,7 @@ TRADEOFFS = (
            lambda row: _number(row.slower, ".1f")),
     Column("missing", "what could not be measured, and why", 1, _missing, True, 18),
 )  # fmt: skip
-_HOISTED = ("attack", "defense", "data", "px", "B", "steps", "dtype")
+_HOISTED = ("attack", "defense", "data", "px", "B", "dtype")
 
 
 def of(rows: Sequence[Row | Tradeoff]) -> Sequence[Column]:
