@@ -52,7 +52,7 @@ class Judge(pl.Callback):
     def measure(self, attack: pl.LightningModule, step: int) -> None:
         """Append the mean metrics of every active case's batch, and keep a picture now and then."""
         assert isinstance(attack, Attack)
-        images = attack.pixels(attack.dummy_images.detach()).cpu()
+        images = attack.reconstructed(attack.dummy_images.detach()).cpu()
         active = [(self.cases[row], images[row]) for row in attack.active.nonzero().squeeze(1).tolist()]
         if not active:
             return
@@ -92,7 +92,7 @@ class Guard(pl.Callback):
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
-        largest = attack.pixels(attack.dummy_images.detach()).flatten(1).abs().amax(1)
+        largest = attack.reconstructed(attack.dummy_images.detach()).flatten(1).abs().amax(1)
         sound = (attack.trace[-1].isfinite() & (largest < BLOW_UP)).cpu()  # where it is NaN: not sound
         late = time.monotonic() > self.deadline
         for row in attack.active.nonzero().squeeze(1).tolist():

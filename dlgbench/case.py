@@ -14,7 +14,8 @@ from dlgbench.registry import ATTACKS, ROOMS, Spec, Value
 PROTOCOL = 3
 """Part of every case's identity: raise it when the same case would give other numbers.
 
-Where these are the cases of one attack only, raise the ``revision`` that it is registered with.
+Where these are the cases of one attack only, raise the ``revision`` that it is registered with: a number,
+or a table from network to number with a ``default``.
 """
 
 DType = Literal["float32", "float64"]
@@ -81,10 +82,15 @@ class Case:
     @property
     def id(self) -> str:
         """The content hash that names the record: 16 hexadecimal digits."""
-        attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
-        revision = [attack.facts["revision"]] if attack and "revision" in attack.facts else []
-        content = json.dumps([PROTOCOL, self.identity(), *revision], sort_keys=True)
+        content = json.dumps([PROTOCOL, self.identity(), *self._revision()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _revision(self) -> list[int]:
+        attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
+        found = attack.facts.get("revision") if attack else None
+        if isinstance(found, dict):
+            found = found.get(self.network.name, found.get("default"))
+        return [] if found is None else [found]
 
     def identity(self) -> dict[str, Any]:
         """`plain` without what cases once lacked, where it has the value that was meant then."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dlgbench.benchmarks.textbook import model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlgbench import trial
-from dlgbench.attacks.spectral import CONTRAST, STRETCH_AFTER, Spectral
+from dlgbench.attacks.spectral import CLIPPED, CONTRAST, Spectral
 from dlgbench.case import Case, stream
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
@@ -103,25 +105,46 @@ def test_a_layer_without_a_gradient_weighs_nothing() -> None:
     assert value.isfinite()
 
 
-def test_stretching_restores_the_contrast_that_batch_norm_hides() -> None:
+def test_batch_norm_hides_the_contrast_about_the_mean_alone_and_it_is_guessed() -> None:
     one = case(attack="spectral", network="resnet18", resolution=64, image=0)  # a photo with black and white
     leak, attack, truth = leaked(one), trial.attack_on([one], network_of(one)), secret_of(one, PHOTOS)
     assert isinstance(attack, Spectral)
     label = F.one_hot(truth.labels, 100).double() * 1e4
-    pale = attack.spectrum.coefficients(truth.images - 0.5)  # a gain of 0.25 leaves a quarter of the contrast
-    before = [float(attack.evaluate(pale, label, leak).objective), error(attack.pixels(pale), truth.images)]
-    attack.stretch(pale)
-    stretched = attack.pixels(pale)
-    assert [float(stretched.quantile(q)) for q in (0.01, 0.99)] == pytest.approx([0, 1], abs=1e-6)
-    assert float(attack.evaluate(pale, label, leak).objective) < before[0] / 2
-    assert error(stretched, truth.images) < before[1] / 2
+    there, pale, dark = (
+        attack.spectrum.coefficients((images - attack.network.mean) / CONTRAST)
+        for images in (truth.images, 0.7 * attack.network.mean + 0.3 * truth.images, truth.images - 0.1)
+    )
+    values = [float(attack.evaluate(each, label, leak).objective) for each in (there, pale, dark)]
+    assert values[1] == pytest.approx(values[0], rel=1e-2)
+    assert values[2] > 2 * values[0]
+    assert error(attack.reconstructed(pale), truth.images) < error(attack.pixels(pale), truth.images) / 10
 
 
-def test_only_networks_with_batch_norm_are_stretched() -> None:
-    one = case(attack="spectral", network="lenet5", steps=STRETCH_AFTER + 1)
-    attack = fitted(one, leaked(one))
-    assert isinstance(attack, Spectral)
-    assert set(attack.gain.flatten().tolist()) == {CONTRAST}
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_the_guess_is_the_same_at_any_contrast_and_fills_the_range(seed: int, factor: float) -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64)
+    attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
+    dummies = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).double()
+    found = attack.reconstructed(dummies)
+    torch.testing.assert_close(attack.reconstructed(factor * dummies), found)
+    outside = ((found < 0) | (found > 1)).double().mean((1, 2, 3, 4))
+    torch.testing.assert_close(outside, torch.full_like(outside, CLIPPED), atol=2e-4, rtol=0)
+
+
+def test_a_grey_image_has_no_contrast_to_guess() -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64)
+    attack = trial.attack_on([one], network_of(one))
+    grey = torch.zeros_like(attack.dummy_images)
+    assert torch.equal(attack.reconstructed(grey), attack.pixels(grey))
+
+
+def test_only_batch_norm_on_batch_statistics_hides_it() -> None:
+    for network, hidden in [("lenet5", False), ("resnet18:batchnorm=eval", False), ("resnet18", True)]:
+        one = case(attack="spectral", network=network, resolution=32 if network == "lenet5" else 64)
+        attack = trial.attack_on([one], network_of(one))
+        dummies = attack.dummy_images.detach()
+        assert torch.equal(attack.reconstructed(dummies), attack.pixels(dummies)) is not hidden
 
 
 def test_spectral_goes_on_where_the_objective_is_small() -> None:
@@ -173,21 +196,6 @@ def test_a_small_image_is_sought_as_a_whole() -> None:
     assert isinstance(attack, Spectral)
     assert attack.levels == []
     assert bool(attack.window.all())
-
-
-def test_a_case_that_has_ended_is_not_stretched() -> None:
-    one = case(attack="spectral", network="resnet18", resolution=64, dtype="float32")
-    attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
-    assert isinstance(attack, Spectral)
-    attack.active[0] = False
-    attack.stretch(attack.dummy_images.detach())
-    assert attack.gain[0] == CONTRAST != attack.gain[1]
-
-
-def test_what_is_found_takes_up_the_range_of_pixels() -> None:
-    one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
-    found = fitted(one, leaked(one)).result.images
-    assert [float(found.quantile(q)) for q in (0.01, 0.99)] == pytest.approx([0, 1], abs=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0, torch.nan])

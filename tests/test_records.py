@@ -369,10 +369,22 @@ def test_the_identity_is_a_known_answer() -> None:
     assert CASE.id == hashlib.sha256(f"[3, {IDENTITY}]".encode()).hexdigest()[:16] == "16fb75a18f7b9bb8"
 
 
-def test_an_attacks_revision_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    revised = replace(ATTACKS.entry("dlg"), facts={**ATTACKS.entry("dlg").facts, "revision": 2})
+@pytest.mark.parametrize(
+    ("revision", "content"),
+    [
+        (2, f"[3, {IDENTITY}, 2]"),
+        ({"default": 1, "resnet18": 2}, f"[3, {IDENTITY}, 2]"),
+        ({"default": 1, "lenet_dlg": 2}, f"[3, {IDENTITY}, 1]"),
+        ({"lenet_dlg": 2}, f"[3, {IDENTITY}]"),
+    ],
+)
+def test_an_attacks_revision_for_a_network_is_part_of_the_identity(
+    revision: object, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revised = replace(ATTACKS.entry("dlg"), facts={**ATTACKS.entry("dlg").facts, "revision": revision})
     monkeypatch.setitem(ATTACKS.entries, "dlg", revised)
-    assert CASE.id == hashlib.sha256(f"[3, {IDENTITY}, 2]".encode()).hexdigest()[:16]
+    assert CASE.network.name == "resnet18"
+    assert CASE.id == hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def test_an_option_that_came_later_changes_the_identity_where_it_is_used() -> None:

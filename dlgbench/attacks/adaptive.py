@@ -20,6 +20,7 @@ ROUNDING = 1e-6
     labels="recovered first, by counts",
     priors="photos' spectrum, range of pixels, the defence and its parameters",
     adaptive=True,
+    revision={"resnet18": 1, "densenet121": 1, "inception_v3": 1},
     positive=("learning_rate", "history", "iterations"),
 )
 class Adaptive(Spectral):
@@ -58,7 +59,7 @@ class Adaptive(Spectral):
             ((expected[name] - gradient).square() / _variance(doubt[name], gradient)).sum()
             for name, gradient in shared.items()
         ]
-        prior = self.spectrum.coefficients((images - 0.5) / CONTRAST).square().sum()
+        prior = self.spectrum.coefficients((images - self.middle) / CONTRAST).square().sum()
         return (torch.stack(terms).sum() + prior) / images.numel()
 
 

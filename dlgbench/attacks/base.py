@@ -117,8 +117,9 @@ class Attack(pl.LightningModule, ABC):
     def look(self, leak: Leak) -> None:
         """What an attack does once, before its first step: nothing, unless it infers something first."""
 
-    def settle(self) -> None:
-        """What an attack does last, with the best iterates chosen: nothing, unless it makes more of them."""
+    def reconstructed(self, dummies: Tensor) -> Tensor:
+        """`pixels`, unless an attack makes more of them by guessing what no gradient tells."""
+        return self.pixels(dummies)
 
     def evaluate(self, dummies: Tensor, labels: Tensor, leak: Leak) -> Values:
         """Objectives and their gradients in the dummies; NaN and 0 for cases that are not active."""
@@ -191,9 +192,8 @@ class Attack(pl.LightningModule, ABC):
         leak, cases = self._leak, range(len(self.active))
         self.active.fill_(True)
         self.keep(self.evaluate(self.dummy_images.detach(), self.dummy_labels.detach(), leak).objective)
-        self.settle()
         objective = self.evaluate(self.best_images, self.best_labels, leak).objective
-        images, labels = self.pixels(self.best_images), self.best_labels.softmax(-1)
+        images, labels = self.reconstructed(self.best_images), self.best_labels.softmax(-1)
         with torch.no_grad():
             seen = self.seen(leak, list(cases))
             relative = torch.stack([self._relative(images[i], labels[i], seen.row(i)) for i in cases])

@@ -30,17 +30,15 @@ LEVELS = (14, 28, 56)
 """Frequencies, in periods a side, up to which an image is sought before the next and before all of it."""
 LEVEL_STEPS = 4
 """How many steps each level has at most: less than a fifth of all where these are few."""
-STRETCH_AFTER = 10
-"""Steps after which images take up the range of pixels, where the network does not see their scale."""
-CLIPPED = 0.01
-"""The share of pixels that this may push beyond either end."""
+CLIPPED = 0.03
+"""The share of pixels that may lie beyond black and white where the contrast is a guess."""
 
 
 @ATTACKS.register(
     "spectral",
     labels="recovered first, by counts",
     priors="smooth and pale where the gradient leaves it open, range of pixels",
-    revision=4,
+    revision={"default": 4, "resnet18": 5, "densenet121": 5, "inception_v3": 5},
     positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
@@ -48,7 +46,7 @@ class Spectral(LabelsFirst):
 
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network.
-    Where batch norm hides the images' brightness and contrast, they take up the range of pixels.
+    Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
     """
 
     def __init__(
@@ -63,9 +61,8 @@ class Spectral(LabelsFirst):
         super().__init__(network, task)
         self.soft = softened(network)
         self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
-        shape = (len(task.generators), 1, 1, 1, 1)
-        self.gain = torch.full(shape, CONTRAST).to(network.mean)
-        self.grey = torch.full(shape, 0.5).to(network.mean)
+        self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
+        self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
         self.levels = [level for level in LEVELS if 4 * level <= min(task.height, task.width)]
         self.window = torch.ones(task.height, task.width).to(network.mean)
         self.optimizer = partial(
@@ -75,13 +72,13 @@ class Spectral(LabelsFirst):
         )  # fmt: skip
 
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Grey with a little noise that is smooth as photos are."""
+        """A little noise that is smooth as photos are."""
         noise = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
         return NOISE * noise, torch.zeros(task.image, task.classes)
 
     def pixels(self, dummies: Tensor) -> Tensor:
-        """The images with these coefficients, about grey."""
-        return self.grey + self.gain * self.spectrum.images(self.window * dummies)
+        """The images with these coefficients."""
+        return self.middle + CONTRAST * self.spectrum.images(self.window * dummies)
 
     def look(self, leak: Leak) -> None:
         """Labels, then the masks that tell, then where to start."""
@@ -96,7 +93,7 @@ class Spectral(LabelsFirst):
         """The better of two starts by objective: what can be solved for, and grey."""
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
         for case, image in peel(self.network, leak, solved.shape[1:]):
-            solved[case] = self.spectrum.coefficients((image - 0.5) / CONTRAST)
+            solved[case] = self.spectrum.coefficients((image - self.middle) / CONTRAST)
         if not torch.equal(solved, self.dummy_images):
             grey, ours = (
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
@@ -128,39 +125,25 @@ class Spectral(LabelsFirst):
     def focus(self, most: float) -> None:
         """Seek frequencies up to ``most`` periods a side."""
         self.window = (self.spectrum.frequency <= most).to(self.window)
-        self.seek_anew()
+        self.best_objective[self.active.to(self.best_objective.device)] = torch.inf  # of other images
 
-    def seek_anew(self) -> None:
-        """The best iterate is one of those to come: what went before had other images."""
-        self.best_objective[self.active.to(self.best_objective.device)] = torch.inf
+    def reconstructed(self, dummies: Tensor) -> Tensor:
+        """`pixels`, with a guess of the contrast where it is hidden: the most that leaves them in range."""
+        images = self.pixels(dummies)
+        if not self.hidden:
+            return images
+        return self.middle + self.contrast(images - self.middle) * (images - self.middle)
 
-    @property
-    def hidden(self) -> bool:
-        """Whether batch norm hides the images' scale: statistics that are shared would tell it."""
-        return any(type(module) is BatchNorm2d for module in self.network.modules())
+    def contrast(self, deviations: Tensor) -> Tensor:
+        """By what to multiply each case's deviations from the middle, ``(case, 1, 1, 1, 1)``.
 
-    def on_train_batch_end(self, outputs: object, batch: Leak, batch_idx: int) -> None:
-        if batch_idx + 1 == STRETCH_AFTER and self.hidden:
-            self.stretch(self.dummy_images.detach())
-            self.seek_anew()
-
-    def settle(self) -> None:
-        """Brightness and contrast drift, unseen: the images found take up the range of pixels again."""
-        if self.hidden:
-            self.stretch(self.best_images)
-
-    def stretch(self, dummies: Tensor) -> None:
-        """Let every running case's images with these coefficients take up [0, 1].
-
-        Batch norm makes the gradient all but blind to brightness and contrast: the objective as a
-        function of the coefficients stays what it was, and with it what L-BFGS knows of it.
+        The gradient is the same for any factor, as the middle is what convolutions pad with; this is
+        the factor that leaves all but `CLIPPED` of the pixels in [0, 1].
         """
-        images = self.spectrum.images(self.window * dummies).flatten(1)
-        low, high = (torch.quantile(images, q, dim=1).view_as(self.gain) for q in (CLIPPED, 1 - CLIPPED))
-        running = self.active.to(low.device).view_as(low)  # of the others, the best iterate is found
-        found = running & (high > low) & (high - low).isfinite()
-        self.gain = torch.where(found, 1 / (high - low), self.gain)
-        self.grey = torch.where(found, -low * self.gain, self.grey)
+        room = torch.where(deviations < 0, self.middle, 1 - self.middle) / deviations.abs()
+        room = torch.where(room > 0, room, torch.inf)  # of what is outside at any factor
+        most = torch.quantile(room.flatten(1), CLIPPED, dim=1).view(-1, 1, 1, 1, 1)
+        return torch.where(most.isfinite(), most, 1)
 
 
 def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
