@@ -30,7 +30,7 @@ LEVELS = (14, 28, 56)
 """Frequencies, in periods a side, up to which an image is sought before the next and before all of it."""
 LEVEL_STEPS = 4
 """How many steps each level has at most: less than a fifth of all where these are few."""
-CLIPPED = 0.03
+CLIPPED = 0.02
 """The share of pixels that may lie beyond black and white where the contrast is a guess."""
 
 
