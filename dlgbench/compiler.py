@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 import dlgbench
-from dlgbench.closures import Closure
+from dlgbench.closures import Closure, Miscompiled
 from dlgbench.leak import Leak
 from dlgbench.provenance import device_name
 
@@ -51,12 +51,14 @@ def folder() -> Path:
 class Compiler:
     """Compiles closures where the mode says so: ``auto`` where the calls to come will repay it.
 
-    Where that fails, it says so once through ``tell`` and leaves every closure eager.
+    Where that fails, it says so once through ``tell`` and leaves every closure eager; where only the
+    values are wrong, it says so and leaves this one eager.
     """
 
     mode: Mode = "off"
     tell: Callable[[str], None] = warnings.warn
     broken: bool = field(default=False, init=False)
+    wrong: set[Path] = field(default_factory=set, init=False)
 
     def prepare(
         self, closure: Closure, identity: str, example: tuple[Any, Any, Leak], calls: int
@@ -70,6 +72,8 @@ class Compiler:
             return {}
         try:
             path = folder() / f"{_key(identity, closure, example[0].device)}.pt2"
+            if path in self.wrong:
+                return {}
             with FileLock(path.with_suffix(".lock")), _quiet():  # waits where another is making it
                 return self._prepare(closure, path, example, calls)
         except (OSError, NotImplementedError) as error:  # a home that is not ours, or that knows no locks
@@ -107,6 +111,9 @@ class Compiler:
             closure.load(unfinished, *example)
             _note(path).write_text(f"{time.perf_counter() - started:.1f}")
             unfinished.replace(path)
+        except Miscompiled as error:
+            self.wrong.add(path)
+            self.tell(_complaint(error))
         except Exception as error:  # of torch's, of the compiler's, of the system's: all end the same way
             self.give_up(_complaint(error))
         finally:

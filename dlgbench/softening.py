@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dlgbench.bilinear import linear
 from dlgbench.prepare import Network
+from dlgbench.window import Window
 
 RELU = 200.0
 """The sharpness of `soft_relu`.  Measured on lenet5 and lenet_dlg: 30 blurs the images, 300 is nearly as hard
@@ -42,11 +45,22 @@ def soft_max_pool(features: Tensor, kernel_size: int, stride: int, padding: int 
     """
     width = (features.var(correction=0) + TINY).sqrt() / POOL
     lowest = (features.amin() - FAR * width).detach()
-    windows = F.pad(features - lowest, (padding,) * 4)
-    for side in (2, 3):
-        windows = windows.unfold(side, kernel_size, stride)
-    windows = windows.flatten(4)
-    return (windows * (windows / width).softmax(-1)).sum(-1) + lowest
+    window = Window.of((kernel_size,) * 2, stride, (padding,) * 2, (features.shape[2], features.shape[3]))
+    seen = linear((features - lowest).permute(0, 2, 3, 1), partial(_seen, window), partial(_of_seen, window))
+    return ((seen * (seen / width).softmax(0)).sum(0) + lowest).permute(0, 3, 1, 2)
+
+
+# what a window sees, and the transpose of that: inductor's own for a window takes five times as long
+
+
+def _seen(window: Window, images: Tensor) -> Tensor:
+    """``(image, height, width, channel)`` → ``(kernel kernel, image, row, column, channel)``"""
+    return window.views(images).flatten(0, 1)
+
+
+def _of_seen(window: Window, seen: Tensor) -> Tensor:
+    grid = seen.reshape(*window.kernel, *seen.shape[1:])
+    return window.sums([row.unbind() for row in grid])
 
 
 class _Soften(fx.Transformer):
