@@ -15,7 +15,7 @@ PROTOCOL = 3
 """Part of every case's identity: raise it when the same case would give other numbers.
 
 Where these are the cases of one attack only, raise the ``revision`` that it is registered with: a number,
-or a table from network to number with a ``default``.
+or a table from ``FIELD=VALUE`` to number with a ``default``.
 """
 
 DType = Literal["float32", "float64"]
@@ -89,8 +89,13 @@ class Case:
         attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
         found = attack.facts.get("revision") if attack else None
         if isinstance(found, dict):
-            found = found.get(self.network.name, found.get("default"))
+            told = (number for where, number in found.items() if self._holds(where))
+            found = next(told, found.get("default"))
         return [] if found is None else [found]
+
+    def _holds(self, where: str) -> bool:
+        path, equals, value = where.partition("=")
+        return bool(equals) and str(self.get(path)) == value
 
     def identity(self) -> dict[str, Any]:
         """`plain` without what cases once lacked, where it has the value that was meant then."""

@@ -373,17 +373,18 @@ def test_the_identity_is_a_known_answer() -> None:
     ("revision", "content"),
     [
         (2, f"[3, {IDENTITY}, 2]"),
-        ({"default": 1, "resnet18": 2}, f"[3, {IDENTITY}, 2]"),
-        ({"default": 1, "lenet_dlg": 2}, f"[3, {IDENTITY}, 1]"),
-        ({"lenet_dlg": 2}, f"[3, {IDENTITY}]"),
+        ({"default": 1, "network.batchnorm=train": 2}, f"[3, {IDENTITY}, 2]"),
+        ({"default": 1, "network.batchnorm=eval": 2}, f"[3, {IDENTITY}, 1]"),
+        ({"default": 1, "network=lenet_dlg": 2}, f"[3, {IDENTITY}, 1]"),
+        ({"network=lenet_dlg": 2}, f"[3, {IDENTITY}]"),
     ],
 )
-def test_an_attacks_revision_for_a_network_is_part_of_the_identity(
+def test_an_attacks_revision_for_such_a_case_is_part_of_the_identity(
     revision: object, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     revised = replace(ATTACKS.entry("dlg"), facts={**ATTACKS.entry("dlg").facts, "revision": revision})
     monkeypatch.setitem(ATTACKS.entries, "dlg", revised)
-    assert CASE.network.name == "resnet18"
+    assert (CASE.network.name, CASE.get("network.batchnorm")) == ("resnet18", "train")
     assert CASE.id == hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ ROUNDING = 1e-6
     labels="recovered first, by counts",
     priors="photos' spectrum, range of pixels, the defence and its parameters",
     adaptive=True,
-    revision={"resnet18": 1, "densenet121": 1, "inception_v3": 1},
+    revision={"network.batchnorm=train": 1},
     positive=("learning_rate", "history", "iterations"),
 )
 class Adaptive(Spectral):

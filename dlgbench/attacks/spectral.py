@@ -38,7 +38,7 @@ CLIPPED = 0.02
     "spectral",
     labels="recovered first, by counts",
     priors="smooth and pale where the gradient leaves it open, range of pixels",
-    revision={"default": 4, "resnet18": 5, "densenet121": 5, "inception_v3": 5},
+    revision={"default": 4, "network.batchnorm=train": 5},
     positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
