@@ -132,6 +132,14 @@ def test_the_guess_is_the_same_at_any_contrast_and_fills_the_range(seed: int, fa
     torch.testing.assert_close(outside, torch.full_like(outside, CLIPPED), atol=2e-4, rtol=0)
 
 
+def test_what_is_returned_fills_the_range() -> None:
+    one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
+    attack = fitted(one, leaked(one))
+    found = attack.result.images
+    assert torch.equal(found, attack.reconstructed(attack.best_images))
+    assert float(((found < 0) | (found > 1)).float().mean()) == pytest.approx(CLIPPED, abs=2e-4)
+
+
 def test_a_grey_image_has_no_contrast_to_guess() -> None:
     one = case(attack="spectral", network="resnet18", resolution=64)
     attack = trial.attack_on([one], network_of(one))

@@ -130,9 +130,8 @@ class Spectral(LabelsFirst):
     def reconstructed(self, dummies: Tensor) -> Tensor:
         """`pixels`, with a guess of the contrast where it is hidden: the most that leaves them in range."""
         images = self.pixels(dummies)
-        if not self.hidden:
-            return images
-        return self.middle + self.contrast(images - self.middle) * (images - self.middle)
+        deviations = images - self.middle
+        return self.middle + self.contrast(deviations) * deviations if self.hidden else images
 
     def contrast(self, deviations: Tensor) -> Tensor:
         """By what to multiply each case's deviations from the middle, ``(case, 1, 1, 1, 1)``.
