@@ -7,12 +7,13 @@ from torch import Tensor
 
 from dlgbench.attacks.base import Task
 from dlgbench.attacks.spectral import CONTRAST, Spectral
+from dlgbench.defenses.base import norm
 from dlgbench.leak import Client, Leak
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
 
-ROUNDING = 1e-6
-"""Of a tensor's norm: what float32 leaves uncertain of a gradient, whatever the defence."""
+ROUNDING = 1e-7
+"""Of the whole gradient's norm: what float32 leaves uncertain of every entry, whatever the defence."""
 
 
 @ATTACKS.register(
@@ -20,7 +21,7 @@ ROUNDING = 1e-6
     labels="recovered first, by counts",
     priors="photos' spectrum, range of pixels, the defence and its parameters",
     adaptive=True,
-    revision={"network.batchnorm=train": 1},
+    revision={"default": 1, "network.batchnorm=train": 2},
     positive=("learning_rate", "history", "iterations"),
 )
 class Adaptive(Spectral):
@@ -55,14 +56,11 @@ class Adaptive(Spectral):
         ours = Client(self.soft, leak.weights, leak.buffers)
         expected = self.defense.expected(ours, images, labels.softmax(-1), leak.gradients)
         doubt = self.defense.doubt(leak.gradients, len(images))
+        rounding = ROUNDING * norm(shared)
+        variance = torch.where(rounding > 0, rounding, 1).square()  # of nothing there is no rounding
         terms = [
-            ((expected[name] - gradient).square() / _variance(doubt[name], gradient)).sum()
+            ((expected[name] - gradient).square() / (doubt[name].square() + variance)).sum()
             for name, gradient in shared.items()
         ]
         prior = self.spectrum.coefficients((images - self.middle) / CONTRAST).square().sum()
         return (torch.stack(terms).sum() + prior) / images.numel()
-
-
-def _variance(doubt: Tensor, shared: Tensor) -> Tensor:
-    rounding = ROUNDING**2 * shared.square().sum()
-    return doubt.square() + torch.where(rounding > 0, rounding, 1)
