@@ -19,6 +19,7 @@ from dlgbench.victims import leak_of, network_of, secret_of
 from .clients import case
 
 DIGITS = DATASETS.make(DATASETS.spec("digits"), None)
+MNIST = DATASETS.make(DATASETS.spec("mnist_sample"), None)
 ONE = case(dataset="digits", attack="adaptive", channels=1, classes=10, resolution=16, steps=12)
 FORESEEN = [
     "prune", "topk", "clip:bound=0.1", "local:steps=2", "soteria", "dpsgd:multiplier=1e-12,bound=0.1",
@@ -107,3 +108,15 @@ def test_its_draws_are_not_known() -> None:
     twice = [float(attack.distance(truth.images[0], labels, leak)) for _ in range(2)]
     assert twice[0] == twice[1]
     assert torch.tensor(twice[0]) > 1
+
+
+def test_a_plain_batch_hides_no_more_than_its_secure_sum() -> None:
+    one = case(
+        network="lenet5", dataset="mnist_sample", attack="adaptive", channels=1, classes=10, batch=8,
+        steps=5, dtype="float32",
+    )  # fmt: skip
+    for text in ("none", "secagg"):
+        ((record, _),) = trial.run(
+            [defended(text, one)], MNIST, trial.Setup(accelerator="cpu"), lambda *progress: None
+        )
+        assert min(image["psnr"] for image in record.images) > 20
