@@ -57,9 +57,10 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        variance, mean = torch.var_mean(x, dim=DIMENSIONS, correction=0, keepdim=True)
-        r = _kept((variance + eps).rsqrt())
-        h = (x - mean) * r
+        count = x.numel() // x.shape[1]
+        centred = x - _kept(_total(x) / count)
+        r = _kept((_total(centred * centred) / count + eps).rsqrt())
+        h = centred * r
         return h * w + b, h, r
 
     @staticmethod
@@ -82,7 +83,8 @@ class _Gradient(torch.autograd.Function):
     def forward(g: Tensor, x: Tensor, w: Tensor, h: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = x.numel() // x.shape[1]
         dw, db = _total(g * h), _total(g)
-        return w * r * (g - db / count - h * (dw / count)), dw, db
+        scale = _kept(w * r)
+        return g * scale - h * _kept(scale * dw / count) - _kept(scale * db / count), dw, db
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -99,10 +101,12 @@ class _Gradient(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         mean_u, mean_hu = _total(u) / count, _total(h * u) / count
         in_w = r * (_total(g * u) - db * mean_u - dw * mean_hu)
-        in_g = u * (w * r) + h * (a - w * r * mean_hu) + (b - w * r * mean_u)
-        of_g, of_u = r * (a - r * w * mean_hu), -r * r * w * dw / count
-        of_h = -(w * in_w * r + of_g * dw) / count - of_u * mean_hu
-        in_x = g * of_g + u * of_u + h * of_h - (of_g * db / count + of_u * mean_u)
+        scale = _kept(w * r)
+        along_h = _kept(a - scale * mean_hu)
+        in_g = u * scale + h * along_h + _kept(b - scale * mean_u)
+        of_g, of_u = _kept(r * along_h), _kept(-r * scale * dw / count)
+        of_h = _kept(-(scale * in_w + of_g * dw) / count - of_u * mean_hu)
+        in_x = g * of_g + u * of_u + h * of_h - _kept(of_g * db / count + of_u * mean_u)
         return in_g, in_x, in_w, None, None
 
 
@@ -112,4 +116,8 @@ def _kept(values: Tensor) -> Tensor:
 
 
 def _total(values: Tensor) -> Tensor:
-    return values.sum(DIMENSIONS, keepdim=True)
+    """Along rows first: inductor makes faster code of it than of a sum over all three at once.
+
+    Measured on DenseNet-121, with all coefficients per channel `_kept`: 326 instead of 348 ms a closure.
+    """
+    return values.sum(3, keepdim=True).sum(DIMENSIONS, keepdim=True)

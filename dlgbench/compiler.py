@@ -34,7 +34,7 @@ cores, six tenths (resnet18, inception_v3) to nine (lenet_dlg)."""
 
 
 def expected_seconds(leak: Leak) -> float:
-    """What compiling takes: measured on two CPU cores, 20 to 35 s for LeNet, 390 for DenseNet-121."""
+    """What compiling takes: measured on two CPU cores, 20 to 35 s for LeNet, 480 for DenseNet-121."""
     return 20 + 1.2 * len(leak.weights)
 
 
