@@ -65,3 +65,21 @@ def _solve(matrix: Tensor, gram: Tensor, wanted: Tensor) -> Tensor:
         rest = matrix.T @ (wanted - matrix @ found)
         found += torch.cholesky_solve(rest[:, None], factor)[:, 0]
     return found
+
+
+def solve_determined(matrix: Tensor, wanted: Tensor, least: float) -> Tensor | None:
+    """The solutions of ``matrix @ x = wanted``, ``(unknown, side)``, for several right sides at once.
+
+    None where a combination of unknowns is seen less than ``least`` times as well as the best seen
+    (squared), as where there are fewer equations than unknowns, or where a number is not finite.
+    """
+    if not (matrix.isfinite().all() and wanted.isfinite().all()):
+        return None
+    seen, combinations = torch.linalg.eigh(matrix.T @ matrix)
+    if len(matrix) < len(seen) or not seen[0] > least * seen[-1]:
+        return None
+    found = torch.zeros_like(matrix[0][:, None] * wanted[0])
+    for _ in range(1 + REFINEMENTS):
+        rest = matrix.T @ (wanted - matrix @ found)
+        found += combinations @ (combinations.T @ rest / seen[:, None])
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.grad import conv2d_input
 
-from dlgbench import leastsquares, newton
+from dlgbench import inversion, leastsquares, newton, residual
 from dlgbench.convolution import Conv2d
 from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
@@ -33,6 +34,8 @@ DEAD = 1e-5
 MISFIT = 1e-2
 """A layer's relative error beyond which its leak is no gradient of any input, but noisy or rounded: what lies
 below would be solved for in vain.  Measured on lenet_dlg, float32: at most 1e-5 of true gradients."""
+ENOUGH = 0.5
+"""Features that an image is sought from, as a share of its pixels: fewer show none."""
 
 Activation = Callable[[Tensor], Tensor]
 Equations = Callable[[Tensor], Tensor]
@@ -67,26 +70,44 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple
     """Which cases can be solved for, each with its private image ``(1, channel, height, width)`` in [0, 1].
 
     ``shape`` is that of a case's images: none is solved for if they are several.  What lies below the
-    lowest layer that can be inverted is solved for as a whole if the image is small enough.  Where ReLU
+    lowest layer that can be inverted is solved for as a whole if the image is small enough; else, if the
+    network is residual, its layers are, and the image is the one that they are computed on.  Where ReLU
     leaves the equations underdetermined, the image is filled smoothly.  Computed in float64; what the
     leak was rounded to is amplified from layer to layer; where it is too much for one, no more are solved.
     """
     if shape[0] > 1 or f"{network.head}.bias" not in leak.gradients:
         return
     trunk, layers = chain(network, shape)
-    if not layers or (trunk and math.prod(shape) > newton.LARGEST):
-        return
+    small = trunk is None or math.prod(shape) <= newton.LARGEST
+    solve = partial(_peel, trunk, layers) if layers and small else _descend
     for case in range(len(leak.gradients[f"{network.head}.bias"])):
-        image = _peel(trunk, layers, leak.row(case), shape) * network.std + network.mean
-        if image.isfinite().all():
+        image = solve(network, leak.row(case), shape)
+        if image is not None and image.isfinite().all():
             yield case, image.to(network.mean).clamp(0, 1)
 
 
+def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:
+    """One case's image from what can be told of a residual network's layers; None where it is too little."""
+    assert isinstance(network.body, fx.GraphModule)
+    values = residual.Descent(network.body, _exactly(leak)).values
+    told = sum(values[node].numel() for node in inversion.frontier(network.body, values))
+    return inversion.invert(network, leak, values, shape) if told > ENOUGH * math.prod(shape) else None
+
+
+def _exactly(leak: Leak) -> Leak:
+    """The same in float64."""
+    return Leak(*({name: tensor.double() for name, tensor in part.items()} for part in leak))
+
+
 def _peel(
-    trunk: fx.GraphModule | None, layers: Sequence[Layer], leak: Leak, shape: tuple[int, ...]
+    trunk: fx.GraphModule | None,
+    layers: Sequence[Layer],
+    network: Network,
+    leak: Leak,
+    shape: tuple[int, ...],
 ) -> Tensor:
-    """One case's image as the first layer sees it."""
-    weights, gradients = ({n: t.double() for n, t in part.items()} for part in (leak.weights, leak.gradients))
+    """One case's image, layer by layer."""
+    weights, _, gradients = _exactly(leak)
     slope = gradients[f"{layers[-1].name}.bias"]  # of one image, that is the loss's gradient in the logits
     outputs = Outputs(slope, torch.ones_like(slope, dtype=torch.bool), slope)
     for layer, below in zip(reversed(layers), [*reversed(layers[:-1]), None], strict=True):
@@ -103,7 +124,7 @@ def _peel(
         below_it = {f"body.{name}": name for name, _ in trunk.named_parameters()}
         weights, gradients = ({below_it[n]: part[n] for n in below_it} for part in (weights, gradients))
         inputs = newton.solve(trunk, weights, gradients, inputs, slope, shape)
-    return inputs.view(shape)
+    return inputs.view(shape) * network.std + network.mean
 
 
 def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | None, list[Layer]]:

@@ -17,6 +17,8 @@ the statistics of natural images and the response properties of cortical cells")
 AXES = ((1, 1, 1), (1, 0, -1), (-1, 2, -1))
 """Brightness, red against blue, green against both, not yet of length 1: what is almost uncorrelated in
 natural images (Ohta, Kanade, Sakai 1980, "Color information for region segmentation", section 3)."""
+CONTRAST = 0.25
+"""The standard deviation of a typical photo's pixels."""
 COLOURS = (1.0, 0.6, 0.4)
 """How large they are, relatively.  Measured on resnet18 as above, 500 closures: 19.8 dB after the best affine
 map, 19.1 with equal sizes, and 18.8 with 1, 0.3 and 0.15, nearer to natural images but found later."""

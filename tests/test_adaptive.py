@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from dlgbench import trial
 from dlgbench.attacks.adaptive import Adaptive
 from dlgbench.attacks.base import Attack
-from dlgbench.attacks.spectral import CONTRAST, Spectral
+from dlgbench.attacks.spectral import Spectral
 from dlgbench.case import Case
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES
+from dlgbench.spectrum import CONTRAST
 from dlgbench.victims import leak_of, network_of, secret_of
 
 from .clients import case

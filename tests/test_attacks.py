@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlgbench import trial
-from dlgbench.attacks.spectral import CLIPPED, CONTRAST, Spectral
+from dlgbench.attacks.spectral import CLIPPED, Spectral
 from dlgbench.case import Case, stream
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
+from dlgbench.spectrum import CONTRAST
 from dlgbench.victims import network_of, secret_of
 
 from .clients import ATTACKERS, PHOTOS, case, fitted, leaked

@@ -23,6 +23,7 @@ FLOORS: Sequence[set[str]] = (
         "stochastic",
         "spectrum",
         "leastsquares",
+        "shifts",
         "adam",
         "doctor",
     },
@@ -32,7 +33,7 @@ FLOORS: Sequence[set[str]] = (
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
     {"leak", "case", "training", "defenses"},
     {"defenses.lightning"},
-    {"closures", "labels", "masks", "newton"},
+    {"closures", "labels", "masks", "newton", "residual", "inversion"},
     {"compiler", "peeling"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.spectral"},  # what adapts to defences builds upon it

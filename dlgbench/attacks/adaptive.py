@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dlgbench.attacks.base import Task
-from dlgbench.attacks.spectral import CONTRAST, Spectral
+from dlgbench.attacks.spectral import Spectral
 from dlgbench.defenses.base import norm
 from dlgbench.leak import Client, Leak
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
+from dlgbench.spectrum import CONTRAST
 
 ROUNDING = 1e-7
 """Of the whole gradient's norm: what float32 leaves uncertain of every entry, whatever the defence."""

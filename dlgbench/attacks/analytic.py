@@ -16,13 +16,13 @@ from dlgbench.registry import ATTACKS
     labels="recovered first, by counts",
     priors="smooth and pale where equations are missing",
     steps=1,
-    revision=2,
+    revision={"default": 2, "network.batchnorm=eval": 3},
 )
 class Analytic(LabelsFirst):
     """Labels by counts, one image layer by layer in closed form (Zhu and Blaschko 2021, "R-GAP").
 
-    Grey images where the network is no chain of convolutions, linear layers and invertible
-    activations, or where the batch holds several images: then it shows what labels alone tell.
+    On a residual network in eval mode its layers are read off the gradient, and the image is the one they are
+    computed on.  Grey images where neither can be, or where the batch holds several: what labels alone tell.
     """
 
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
