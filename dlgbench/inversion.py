@@ -17,8 +17,9 @@ from dlgbench.spectrum import CONTRAST, Spectrum
 
 PRIOR = 1e-4
 """The weight of the coefficients' mean square, where nothing matched of a layer counts as 1.  Measured on
-resnet18 at 224 px, first photo: 21.3 dB without, 22.2 with 1e-3, 22.6 with 1e-4."""
-CLOSURES, HISTORY = 500, 50
+resnet18 at 224 px, first photo, 500 closures: 21.3 dB without, 22.2 with 1e-3, 22.6 with 1e-4."""
+CLOSURES, HISTORY = 1500, 50
+"""Two photos in one gradient: 15.7 and 13.1 dB after 500 closures, 24.9 and 20.9 after 1500."""
 
 
 def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -43,7 +44,7 @@ def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape
 
     def closure() -> float:
         found = functional_call(part, state, (network.normalise(images()),))
-        misfits = [(a[0] - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
+        misfits = [(a - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
         objective = torch.stack(misfits).sum() + PRIOR * unknown.square().mean()
         (unknown.grad,) = torch.autograd.grad(objective, unknown)
         return float(objective.detach())

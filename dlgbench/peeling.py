@@ -1,4 +1,4 @@
-"""One image in closed form, layer by layer from the head down: Zhu and Blaschko 2021, "R-GAP".
+"""Images in closed form, layer by layer from the head down: Zhu and Blaschko 2021, "R-GAP".
 
 Where a network is a chain of convolutions, linear layers and activations that have an inverse, the
 input of a layer solves *linear* equations, once its output and the loss's gradient there are known:
@@ -67,31 +67,38 @@ class Outputs(NamedTuple):
 
 
 def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Which cases can be solved for, each with its private image ``(1, channel, height, width)`` in [0, 1].
+    """Which cases can be solved for, each with its images ``(image, channel, height, width)`` in [0, 1].
 
-    ``shape`` is that of a case's images: none is solved for if they are several.  What lies below the
-    lowest layer that can be inverted is solved for as a whole if the image is small enough; else, if the
-    network is residual, its layers are, and the image is the one that they are computed on.  Where ReLU
-    leaves the equations underdetermined, the image is filled smoothly.  Computed in float64; what the
-    leak was rounded to is amplified from layer to layer; where it is too much for one, no more are solved.
+    ``shape`` is that of a case's images, which are in the order of their labels.  What lies below the
+    lowest layer of a chain that can be inverted is solved for as a whole if the image is small enough, and
+    alone.  Else the layers of a residual network are, and the images are those that they are computed on.
+    Where ReLU leaves the equations underdetermined, images are filled smoothly.  Computed in float64; what
+    the leak was rounded to is amplified from layer to layer; where it is too much, no more are solved.
     """
-    if shape[0] > 1 or f"{network.head}.bias" not in leak.gradients:
+    if f"{network.head}.bias" not in leak.gradients:
         return
     trunk, layers = chain(network, shape)
-    small = trunk is None or math.prod(shape) <= newton.LARGEST
+    small = shape[0] == 1 and (trunk is None or math.prod(shape) <= newton.LARGEST)
     solve = partial(_peel, trunk, layers) if layers and small else _descend
     for case in range(len(leak.gradients[f"{network.head}.bias"])):
-        image = solve(network, leak.row(case), shape)
-        if image is not None and image.isfinite().all():
-            yield case, image.to(network.mean).clamp(0, 1)
+        images = solve(network, leak.row(case), shape)
+        if images is not None and images.isfinite().all():
+            yield case, images.to(network.mean).clamp(0, 1)
 
 
 def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:
-    """One case's image from what can be told of a residual network's layers; None where it is too little."""
+    """One case's images from what can be told of a residual network's layers; None where it is too little.
+
+    Their labels are the classes whose logits the loss pulls up: the slope of the features is that of the
+    logits, ``p - y``, times the head's weight.
+    """
     assert isinstance(network.body, fx.GraphModule)
-    values = residual.Descent(network.body, _exactly(leak)).values
-    told = sum(values[node].numel() for node in inversion.frontier(network.body, values))
-    return inversion.invert(network, leak, values, shape) if told > ENOUGH * math.prod(shape) else None
+    descent = residual.Descent(network.body, _exactly(leak))
+    told = sum(descent.values[node].numel() for node in inversion.frontier(network.body, descent.values))
+    if told < ENOUGH * math.prod(shape):
+        return None
+    labels = (descent.features @ leak.weights[f"{network.head}.weight"].double().T).argmin(1)
+    return inversion.invert(network, leak, descent.values, shape)[labels.argsort(stable=True)]
 
 
 def _exactly(leak: Leak) -> Leak:

@@ -1,15 +1,18 @@
-"""What a residual network computes on one image, from its head down, read off the gradient of its weights.
+"""What a residual network computes on its images, from the head down, read off the gradient of its weights.
 
 Where batch norm is in eval mode and units are rectified, the loss's gradient at a layer's output, its
 slope, follows from that above and from which units live.  The gradients of the convolutions that see a layer
-are then linear equations for it, the same for each of its channels: K kernels of three by three taps give
-9 K, for as many unknowns as there are positions.  The topmost convolution needs nothing from above: `shifts`.
+are then linear equations for it, the same for each of its channels (Eltaras et al. 2024, "R-CONV"): K kernels
+of three by three taps give 9 K, for as many unknowns as there are positions in all images.  The topmost
+convolution needs nothing from above: `shifts`.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -21,8 +24,8 @@ from dlgbench.convolution import Conv2d
 from dlgbench.leak import Leak
 from dlgbench.prepare import ACTIVATIONS
 
-LARGEST = 1024
-"""Positions of a layer that is solved for."""
+LARGEST = 2500
+"""Positions of a layer that is solved for, in all images together."""
 LEAST = 1e-7
 """How well the worst seen combination of unknowns has to be seen, in units of the best (squared)."""
 MISFIT = 1e-4
@@ -39,18 +42,20 @@ EXACT = 1e-5
 class Descent:
     """The layers of ``body`` as far down as they can be solved for, from the leak of one case in float64.
 
-    ``body`` has gone through shape propagation with one image; the leak's names begin with ``body.``.
+    ``body`` has gone through shape propagation with the batch; the leak's names begin with ``body.``.
     """
 
     def __init__(self, body: fx.GraphModule, leak: Leak) -> None:
         self.body = body
         self.leak = leak
         self.values: dict[fx.Node, Tensor] = {}
-        """The output of nodes, ``(channel, height, width)``, where convolutions see it."""
+        """The output of nodes, ``(image, channel, height, width)``, where convolutions see it."""
         self.slopes: dict[fx.Node, Tensor] = {}
         """The loss's gradient there."""
         self.shares: dict[fx.Node, list[Tensor]] = defaultdict(list)
         """What the users of a node contribute to its slope."""
+        self.features: Tensor
+        """A multiple of the slope of what is pooled from the topmost layer, ``(image, channel)``."""
         nodes = list(reversed(body.graph.nodes))
         self._begin(next((node for node in nodes if self._convolution(node)), None))
         for node in nodes:
@@ -61,43 +66,50 @@ class Descent:
                 self._pass_on(node, self.slopes[node])
 
     def _begin(self, top: fx.Node | None) -> None:
-        """The slope behind the topmost convolution's norm, of which the bias' gradient is the sum."""
+        """The slopes behind the topmost convolution's norm, of which the bias' gradient is the sum."""
         norm = next(iter(top.users)) if top and len(top.users) == 1 else None
         if top is None or norm is None or not self._norm(norm) or _size(top) != _size(top.all_input_nodes[0]):
             return
-        found = shifts.slope(self._gradient(top, "weight"), *_size(top)[1:])
+        images, _, height, width = _size(top)
+        found = shifts.slopes(self._gradient(top, "weight"), images, height, width)
         if found is None:
             return
         found = found / self._scale(norm)
-        sums = found.sum((1, 2))
-        self.slopes[norm] = found * (sums @ self._gradient(norm, "bias") / sums.square().sum())
-        self.slopes |= {user: self.slopes[norm] for user in norm.users if user.target is operator.add}
+        factors = leastsquares.solve_determined(
+            found.sum((2, 3)).T, self._gradient(norm, "bias")[:, None], LEAST
+        )
+        if factors is not None:
+            self.slopes[norm] = found * factors[..., None, None]
+            self.features = self.slopes[norm].sum((2, 3))
+            self.slopes |= {user: self.slopes[norm] for user in norm.users if user.target is operator.add}
 
     def _solve(self, node: fx.Node) -> None:
         """What convolutions see of a node, if their slopes determine it."""
         seen_by = [user for user in node.users if self._convolution(user)]
-        if not seen_by or _size(node)[1:].numel() > LARGEST:
+        images, channels, *places = _size(node)
+        if not seen_by or images * math.prod(places) > LARGEST:
             return
-        matrix = torch.cat([self._equations(user, _size(node)) for user in seen_by])
+        matrix = torch.cat([self._equations(user, places) for user in seen_by])
         wanted = torch.cat([_sides(self._gradient(user, "weight")) for user in seen_by])
         found = leastsquares.solve_determined(matrix, wanted, LEAST)
         if found is not None and (matrix @ found - wanted).norm() < MISFIT * wanted.norm():
-            self.values[node] = found.T.reshape(_size(node))
+            self.values[node] = found.view(images, -1, channels).mT.reshape(_size(node))
 
-    def _equations(self, convolution: fx.Node, inputs: torch.Size) -> Tensor:
-        """Its weight's gradient, ``(kernel and tap, position)``, as a function of a channel that it sees."""
-        layer, slope = cast(Conv2d, self._layer(convolution)), self.slopes[convolution]
+    def _equations(self, convolution: fx.Node, places: Sequence[int]) -> Tensor:
+        """Its weight's gradient, ``(kernel and tap, image and position)``, in one of the channels it sees."""
+        layer, slopes = cast(Conv2d, self._layer(convolution)), self.slopes[convolution]
         taps = layer.weight[0, 0].numel()
-        each = torch.eye(taps).to(slope).view(1, taps, *layer.weight.shape[2:])
-        planes = _backwards(layer, each, slope[:, None], (len(slope), taps, *inputs[1:]))
-        return planes.reshape(-1, inputs[1:].numel())
+        each = torch.eye(taps).to(slopes).view(1, taps, *layer.weight.shape[2:])
+        kernels = slopes.flatten(0, 1)[:, None]
+        planes = _backwards(layer, each, kernels, (len(kernels), taps, *places))
+        return planes.view(len(slopes), -1, math.prod(places)).transpose(0, 1).flatten(1)
 
     def _pass_on(self, node: fx.Node, slope: Tensor) -> None:
         """A node's slope to what it is computed from; nothing where it is not known how."""
         sources = node.all_input_nodes
         if self._convolution(node):
             layer, weight = cast(Conv2d, self._layer(node)), self.leak.weights[f"body.{node.target}.weight"]
-            slope = _backwards(layer, weight, slope[None], (1, *_size(sources[0])))[0]
+            slope = _backwards(layer, weight, slope, _size(sources[0]))
         elif self._norm(node):
             slope = slope * self._scale(node)
         elif node.target is ACTIVATIONS["relu"] and node in self.values:
@@ -117,15 +129,14 @@ class Descent:
         """
         (before,) = node.all_input_nodes
         norm = next(n for n in (before, *before.all_input_nodes) if self._norm(n))
-        values, slopes = self.values[node].flatten(1), self.slopes[node].flatten(1)
+        values, slopes = self.values[node], self.slopes[node]
         rounding = ROUNDING * (-values).amax()  # no value is negative
         alive = values > rounding
-        missing = (self._gradient(norm, "bias") - (slopes * alive).sum(1))[:, None]
+        missing = self._gradient(norm, "bias")[:, None, None] - _sums(slopes * alive)
         left = (missing - torch.where(alive, -slopes, slopes)).abs()
         left[values.abs() > DOUBTED * rounding] = torch.inf
-        exact = EXACT * slopes.abs().sum(1, keepdim=True)
-        alive ^= (left == left.amin(1, keepdim=True)) & (left < exact) & (missing.abs() > exact)
-        return alive.view(_size(node))
+        exact = EXACT * _sums(slopes.abs())
+        return alive ^ (left == left.amin((0, 2, 3), keepdim=True)) & (left < exact) & (missing.abs() > exact)
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         return self.body.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -154,9 +165,13 @@ def _backwards(layer: Conv2d, weight: Tensor, slope: Tensor, shape: tuple[int, .
 
 
 def _size(node: fx.Node) -> torch.Size:
-    """The shape of what a node gives, without the batch's dimension."""
-    size: torch.Size = node.meta["tensor_meta"].shape[1:]
+    size: torch.Size = node.meta["tensor_meta"].shape
     return size
+
+
+def _sums(slopes: Tensor) -> Tensor:
+    """Over images and positions, ``(1, channel, 1, 1)``."""
+    return slopes.sum((0, 2, 3), keepdim=True)
 
 
 def _sides(gradient: Tensor) -> Tensor:

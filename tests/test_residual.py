@@ -54,8 +54,20 @@ def test_every_layer_of_a_small_photo_is_told_exactly(image: int, dtype: str) ->
     one = case(network=RELU, image=image, resolution=64, dtype=dtype)
     layers, truth = told(one), computed(one)
     assert {f"relu_{i}" for i in range(1, 16)} | {"maxpool"} == set(layers)
-    errors = {name: float((layers[name] - truth[name][0]).norm() / truth[name].norm()) for name in layers}
+    errors = {name: float((layers[name] - truth[name]).norm() / truth[name].norm()) for name in layers}
     assert max(errors.values()) < (1e-5 if dtype == "float32" else 1e-12), errors
+
+
+@pytest.mark.parametrize("images", [2, 3])
+def test_layers_of_several_photos_come_apart(images: int) -> None:
+    """In an order that the gradient does not tell."""
+    one = case(network=RELU, image=0, batch=images, resolution=64, dtype="float32")
+    layers, truth = told(one), computed(one)
+    assert {"relu_15", "relu_12", "relu_9"} <= set(layers)
+    for name in ("relu_15", "relu_12", "relu_9"):
+        errors = torch.cdist(layers[name].flatten(1), truth[name].double().flatten(1)) / truth[name].norm()
+        assert sorted(errors.argmin(1).tolist()) == list(range(images))
+        assert float(errors.amin(1).max()) < 1e-4, name
 
 
 def test_layers_that_gradients_do_not_determine_are_not_told() -> None:
@@ -65,7 +77,7 @@ def test_layers_that_gradients_do_not_determine_are_not_told() -> None:
     assert "relu_5" in layers
     assert "relu_2" not in layers
     for name, layer in layers.items():
-        assert float((layer - truth[name][0]).norm() / truth[name].norm()) < 1e-4, name
+        assert float((layer - truth[name]).norm() / truth[name].norm()) < 1e-4, name
 
 
 @pytest.mark.parametrize("defense", ["sign", "noise:std=0.01", "int8", "fp16"])

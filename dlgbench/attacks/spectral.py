@@ -116,10 +116,10 @@ class Spectral(LabelsFirst):
         return self.optimizer([self.dummy_images])
 
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         steps = min(LEVEL_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // 5))
         if self.levels and batch_idx % steps == 0 and batch_idx // steps <= len(self.levels):
             self.focus([*self.levels, float("inf")][batch_idx // steps])
-        super().on_train_batch_start(batch, batch_idx)
 
     def focus(self, most: float) -> None:
         """Seek frequencies up to ``most`` periods a side."""
