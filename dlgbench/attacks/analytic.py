@@ -21,8 +21,8 @@ from dlgbench.registry import ATTACKS
 class Analytic(LabelsFirst):
     """Labels by counts, one image layer by layer in closed form (Zhu and Blaschko 2021, "R-GAP").
 
-    On a residual network in eval mode its layers are read off the gradient, and the image is the one they are
-    computed on.  Grey images where neither can be, or where the batch holds several: what labels alone tell.
+    On a residual network in eval mode its layers are read off the gradient, and the images are those that
+    they are computed on.  Grey images where neither can be: then it shows what labels alone tell.
     """
 
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
