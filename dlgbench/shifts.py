@@ -35,10 +35,12 @@ def slopes(gradient: Tensor, images: int, height: int, width: int) -> Tensor | N
 
     ``gradient`` is that of the weight ``(output, input, kernel, kernel)`` of a convolution whose output is as
     large as its input, of which no entry is negative.  The order of the images is lost.  None where there
-    are too many positions or the gradient does not determine them.
+    are too many positions, a single tap, or the gradient does not determine them.
     """
-    positions, (outputs, inputs, kernel, _) = images * height * width, gradient.shape
-    if positions > min(outputs, inputs, LARGEST) or not gradient.isfinite().all():
+    positions, (outputs, inputs, kernel, across) = images * height * width, gradient.shape
+    if kernel == 1 or kernel != across or positions > min(outputs, inputs, LARGEST):
+        return None
+    if not gradient.isfinite().all():
         return None
     rows, sizes, columns = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
     if not sizes[positions - 1] > FAINT * sizes[0]:

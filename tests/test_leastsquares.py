@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
-from dlgbench.leastsquares import DAMPING, solve, solve_nonnegative
+from dlgbench.leastsquares import DAMPING, solve, solve_determined, solve_nonnegative
 
 
 def system(seed: int, equations: int, unknowns: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,3 +49,25 @@ def test_zeros_make_up_for_missing_equations(seed: int) -> None:
 
 def test_equations_of_zeros_have_no_solution() -> None:
     assert solve(torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)).isnan().all()
+
+
+@given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 4))
+def test_several_sides_are_solved_at_once(seed: int, unknowns: int, sides: int) -> None:
+    matrix, _, _ = system(seed, 2 * unknowns, unknowns)
+    assume(np.linalg.cond(matrix.numpy()) < 1e3)
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randn(2 * unknowns, sides, generator=generator, dtype=torch.float64)
+    theirs, *_ = np.linalg.lstsq(matrix.numpy(), wanted.numpy(), rcond=None)
+    found = solve_determined(matrix, wanted, 1e-7)
+    assert found is not None
+    np.testing.assert_allclose(found, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_what_is_not_determined_is_not_solved() -> None:
+    matrix, wanted, _ = system(0, equations=10, unknowns=11)
+    assert solve_determined(matrix, wanted[:, None], 1e-7) is None
+    matrix, wanted, _ = system(0, equations=20, unknowns=10)
+    twice = torch.cat([matrix[:, :9], matrix[:, :1] + 1e-6 * matrix[:, 9:]], 1)  # hardly told apart
+    assert solve_determined(matrix, wanted[:, None], 1e-7) is not None
+    assert solve_determined(twice, wanted[:, None], 1e-7) is None
+    assert solve_determined(matrix * torch.nan, wanted[:, None], 1e-7) is None

@@ -44,6 +44,10 @@ def test_more_positions_than_can_be_written_out_are_left_alone() -> None:
     assert slopes(torch.zeros(LARGEST + 1, LARGEST + 1, 3, 3), LARGEST + 1, 1, 1) is None
 
 
+def test_a_single_tap_tells_nothing() -> None:
+    assert slopes(leaked(0, 16, 3, 3, kernel=1)[0], 1, 3, 3) is None
+
+
 def test_rounding_to_single_precision_costs_little() -> None:
     gradient, truth = leaked(0, 64, 4, 4)
     assert alike(slopes(gradient.float().double(), 1, 4, 4), truth) > 1 - 1e-9
