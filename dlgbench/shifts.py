@@ -34,8 +34,8 @@ def slopes(gradient: Tensor, images: int, height: int, width: int) -> Tensor | N
     """The loss's gradient at the output, ``(image, channel, height, width)``, each but for a factor; float64.
 
     ``gradient`` is that of the weight ``(output, input, kernel, kernel)`` of a convolution whose output is as
-    large as its input, of which no entry is negative.  The order of the images is lost.  None where there
-    are too many positions, a single tap, or the gradient does not determine them.
+    large as its input; of several images that must have no negative entries, and their order is lost.  None
+    where there are too many positions, a single tap, or the gradient does not determine them.
     """
     positions, (outputs, inputs, kernel, across) = images * height * width, gradient.shape
     if kernel == 1 or kernel != across or positions > min(outputs, inputs, LARGEST):

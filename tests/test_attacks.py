@@ -214,3 +214,14 @@ def test_a_gradient_that_tells_nothing_breaks_no_attack(name: str, factor: float
     leak = leaked(one)
     silent = leak._replace(gradients={n: gradient * factor for n, gradient in leak.gradients.items()})
     assert fitted(one, silent).result.images.shape == (1, 1, 3, 32, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_what_was_solved_is_not_blurred_by_beginning_coarse() -> None:
+    relu = "resnet18:activation=relu,batchnorm=eval"
+    one = case(attack="spectral", network=relu, resolution=64, image=0, steps=1, dtype="float32")
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert attack.window.all()  # every frequency of it is shown, in the only step
+    error = (attack.result.images[0].clamp(0, 1) - secret_of(one, PHOTOS).images[0]).square().mean()
+    assert float(psnr(error)) > 20
