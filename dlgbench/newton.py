@@ -38,20 +38,30 @@ def solve(
     section 10.3) from grey, over frequencies.
     """
     spectrum = Spectrum(shape[-3:], slope)
+    misfit = residual_of(trunk, weights, gradients, features, slope)
 
     def images(unknown: Tensor) -> Tensor:
         return 0.5 + spectrum.images(unknown.view(shape))
 
-    def residual(unknown: Tensor) -> Tensor:
+    start = torch.zeros(math.prod(shape)).to(slope)
+    return images(levenberg_marquardt(lambda unknown: misfit(images(unknown)), start))
+
+
+def residual_of(
+    trunk: fx.GraphModule, weights: Tensors, gradients: Tensors, features: Tensor, slope: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """What images leave of ``features`` and of every gradient, each in units of its size, as one vector."""
+
+    def residual(images: Tensor) -> Tensor:
         def loss(weights: Tensors) -> tuple[Tensor, Tensor]:
-            outputs = functional_call(trunk, weights, (images(unknown),)).flatten()
+            outputs = functional_call(trunk, weights, (images,)).flatten()
             return (outputs * slope.flatten()).sum(), outputs
 
         ours, outputs = grad(loss, has_aux=True)(weights)
         ahead = (outputs - features.flatten()) / (features - features.mean()).norm()
         return torch.cat([ahead, *(((ours[n] - g) / g.norm()).flatten() for n, g in gradients.items())])
 
-    return images(levenberg_marquardt(residual, torch.zeros(math.prod(shape)).to(slope)))
+    return residual
 
 
 def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.grad import conv2d_input
 
-from dlgbench import inversion, leastsquares, newton, residual
+from dlgbench import continuation, inversion, leastsquares, newton, residual
 from dlgbench.convolution import Conv2d
 from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
@@ -78,7 +79,7 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple
     if f"{network.head}.bias" not in leak.gradients:
         return
     trunk, layers = chain(network, shape)
-    small = shape[0] == 1 and (trunk is None or math.prod(shape) <= newton.LARGEST)
+    small = shape[0] == 1 and (trunk is None or math.prod(shape) <= _solver(trunk).LARGEST)
     solve = partial(_peel, trunk, layers) if layers and small else _descend
     for case in range(len(leak.gradients[f"{network.head}.bias"])):
         images = solve(network, leak.row(case), shape)
@@ -130,8 +131,14 @@ def _peel(
     if trunk is not None:
         below_it = {f"body.{name}": name for name, _ in trunk.named_parameters()}
         weights, gradients = ({below_it[n]: part[n] for n in below_it} for part in (weights, gradients))
-        inputs = newton.solve(trunk, weights, gradients, inputs, slope, shape)
+        inputs = _solver(trunk).solve(trunk, weights, gradients, inputs, slope, shape)
     return inputs.view(shape) * network.std + network.mean
+
+
+def _solver(trunk: fx.GraphModule) -> ModuleType:
+    """By what an image is found below the chain."""
+    rectified = any(node.target is ACTIVATIONS["relu"] for node in trunk.graph.nodes)
+    return continuation if rectified else newton
 
 
 def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | None, list[Layer]]:

@@ -28,13 +28,20 @@ def softened(network: Network) -> Network:
     """``network`` with every ReLU and maximum made smooth; it shares all weights and buffers."""
     assert isinstance(network.body, fx.GraphModule)
     soft = copy.copy(network)
-    soft._modules = {**network._modules, "body": _Soften(network.body).transform()}
+    soft._modules = {**network._modules, "body": bent(network.body, RELU)}
     return soft
 
 
-def soft_relu(features: Tensor) -> Tensor:
-    """Softplus, whose bend is as wide as the features' root mean square over `RELU`."""
-    width = (features.square().mean() + TINY).sqrt() / RELU
+def bent(body: fx.GraphModule, sharpness: float) -> fx.GraphModule:
+    """``body`` with every ReLU, of this sharpness, and every maximum made smooth."""
+    soften = _Soften(body)
+    soften.sharpness = sharpness
+    return soften.transform()
+
+
+def soft_relu(features: Tensor, sharpness: float) -> Tensor:
+    """Softplus, whose bend is as wide as the features' root mean square over the ``sharpness``."""
+    width = (features.square().mean() + TINY).sqrt() / sharpness
     return F.softplus(features / width) * width
 
 
@@ -64,6 +71,10 @@ def _of_seen(window: Window, seen: Tensor) -> Tensor:
 
 
 class _Soften(fx.Transformer):
+    """Bound to a sharpness of ReLU by `bent`."""
+
+    sharpness: float
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.submodules[target]
         if isinstance(layer, nn.MaxPool2d):
@@ -73,7 +84,7 @@ class _Soften(fx.Transformer):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is F.relu:
-            return super().call_function(soft_relu, args[:1], {})
+            return super().call_function(soft_relu, args[:1], {"sharpness": self.sharpness})
         if target is F.max_pool2d:
             sizes = {k: v for k, v in kwargs.items() if k in ("kernel_size", "stride", "padding")}
             return super().call_function(soft_max_pool, args, sizes)

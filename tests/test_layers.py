@@ -34,7 +34,8 @@ FLOORS: Sequence[set[str]] = (
     {"leak", "case", "training", "defenses"},
     {"defenses.lightning"},
     {"closures", "labels", "masks", "newton", "residual", "inversion"},
-    {"compiler", "peeling"},
+    {"compiler", "continuation"},
+    {"peeling"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.spectral"},  # what adapts to defences builds upon it
     {"attacks.*", "victims", "leaderboard", "listing"},

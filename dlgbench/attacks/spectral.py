@@ -36,7 +36,12 @@ CLIPPED = 0.02
     "spectral",
     labels="recovered first, by counts",
     priors="smooth and pale where the gradient leaves it open, range of pixels",
-    revision={"default": 4, "network.batchnorm=train": 5, "network.batchnorm=eval": 5},
+    revision={
+        "default": 4,
+        "network.batchnorm=train": 5,
+        "network.batchnorm=eval": 5,
+        "network.activation=relu": 5,
+    },
     positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
