@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
 from dlgbench.leak import Leak, Tensors
@@ -31,6 +32,19 @@ def read(network: Network, leak: Leak, labels: Tensor) -> Tensors:
         return {}
     mask = kept.to(network.mean) / (1 - layer.p)
     return {f"{name}.mask": mask.view(len(labels), *layer.shape[1:])}
+
+
+def in_order(network: Network, leak: Leak, labels: Tensor) -> Tensor:
+    """One case's ``labels`` ``(image,)`` in the order of the masks that the attacker is given.
+
+    Each of those belongs to one image, and a label that was counted to none: the mask that is read with it
+    tells to which.  As they are, where no masks are given or none can be read.
+    """
+    for name, mask in read(network, leak, labels).items():
+        if name in leak.buffers:
+            apart = torch.cdist(leak.buffers[name].flatten(1), mask.flatten(1))
+            return labels[linear_sum_assignment(apart.cpu().numpy())[1]]
+    return labels
 
 
 def _dropout_before(network: Network) -> str | None:

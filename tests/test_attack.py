@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dlgbench.benchmarks.textbook import Textbook, model
-from torch import nn
+from torch import Tensor, nn
 
 from dlgbench import trial
 from dlgbench.attacks.base import Task
@@ -205,8 +205,8 @@ def test_a_nan_objective_ends_the_trial() -> None:
     assert torch.equal(attack.result.images, attack.best_images)
 
 
-@pytest.mark.parametrize(("labels", "told"), [([0, 2], True), ([2, 2], False)])
-def test_the_strongest_attack_reads_masks_that_it_was_not_given(labels: list[int], told: bool) -> None:
+def with_masks(labels: list[int], given: bool) -> tuple[Spectral, Leak, Tensor, Tensor]:
+    """An attack that has looked at two images' leak, the images, and the mask that their client drew."""
     layers = nn.Flatten(), nn.Linear(12, 40), nn.ReLU(), nn.Identity(), nn.Linear(40, 3)
     network = Network(replace_activation(nn.Sequential(*layers), "sigmoid"))
     network.set_submodule("body.3", Dropout(0.5))
@@ -215,14 +215,29 @@ def test_the_strongest_attack_reads_masks_that_it_was_not_given(labels: list[int
     images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     mask = network.draw_masks(2, torch.Generator().manual_seed(2))
     shared = gradients(network, weights, mask, images, F.one_hot(torch.tensor(labels), 3).float())
-    leak = Leak(*({name: t[None] for name, t in part.items()} for part in (weights, {}, shared)))
+    parts = weights, mask if given else {}, shared
+    leak = Leak(*({name: t[None] for name, t in part.items()} for part in parts))
     attack = Spectral(network, Task(2, 3, 2, 2, 3, [torch.Generator().manual_seed(0)]))
     with torch.no_grad():
         attack.look(leak)
+    return attack, leak, images, mask["body.3.mask"]
+
+
+@pytest.mark.parametrize(("labels", "told"), [([0, 2], True), ([2, 2], False)])
+def test_the_strongest_attack_reads_masks_that_it_was_not_given(labels: list[int], told: bool) -> None:
+    attack, leak, _, mask = with_masks(labels, given=False)
     seen = [attack.seen(leak, [0]).buffers["body.3.mask"][0] for _ in range(2)]
-    assert torch.equal(seen[0], mask["body.3.mask"]) is told
+    assert torch.equal(seen[0], mask) is told
     assert torch.equal(*seen) is told
     assert not math.isnan(float(seen[0].sum()))
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [2, 0], [1, 1]])
+def test_labels_go_with_the_masks_that_are_given(labels: list[int]) -> None:
+    """The private images have no distance only if every one has its own label and its own mask."""
+    attack, leak, images, _ = with_masks(labels, given=True)
+    assert attack.dummy_labels[0].argmax(1).tolist() == labels
+    assert float(attack.distance(images, attack.dummy_labels[0].detach(), leak.row(0))) < 1e-9
 
 
 def test_a_layer_that_shared_nothing_leaves_the_rest_of_the_gradient_sound() -> None:

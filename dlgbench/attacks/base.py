@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dlgbench.closures import Closure, Values, eager_width_for, width_for
 from dlgbench.labels import logits, recover
 from dlgbench.leak import Client, Leak, Tensors, gradients, squared_distance, squared_norm
+from dlgbench.masks import in_order
 from dlgbench.prepare import Network
 
 
@@ -234,8 +235,9 @@ class LabelsFirst(Attack):
         """Set every case's labels to those that its head's gradient tells."""
         grey = torch.full(self.pixels(self.dummy_images).shape[1:], 0.5).to(self.dummy_images)
         for row, found in enumerate(self.dummy_labels):
-            seen = self.seen(leak, [row]).row(0)
-            found.copy_(logits(recover(self.network, seen, grey), found.shape[-1]))
+            labels = recover(self.network, self.seen(leak, [row]).row(0), grey)
+            ordered = in_order(self.network, leak.row(row), labels)
+            found.copy_(logits(ordered, found.shape[-1]))
 
 
 def total_variation(images: Tensor) -> Tensor:

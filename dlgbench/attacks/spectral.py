@@ -38,6 +38,7 @@ CLIPPED = 0.02
     priors="smooth and pale where the gradient leaves it open, range of pixels",
     revision={
         "default": 4,
+        "network.dropout=known": 6,
         "network.batchnorm=train": 5,
         "network.batchnorm=eval": 5,
         "network.activation=relu": 5,
