@@ -21,6 +21,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.grad import conv2d_input
 
 from dlgbench import continuation, inversion, leastsquares, newton, residual
+from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.convolution import Conv2d
 from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
@@ -136,9 +137,10 @@ def _peel(
 
 
 def _solver(trunk: fx.GraphModule) -> ModuleType:
-    """By what an image is found below the chain."""
+    """By what an image is found below the chain.  What is normalised is too deep for a continuation."""
     rectified = any(node.target is ACTIVATIONS["relu"] for node in trunk.graph.nodes)
-    return continuation if rectified else newton
+    normalised = any(isinstance(layer, nn.BatchNorm2d | BatchNorm2d) for layer in trunk.modules())
+    return continuation if rectified and not normalised else newton
 
 
 def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | None, list[Layer]]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from dlgbench import leastsquares
+from dlgbench import continuation, inversion, leastsquares, newton
 from dlgbench.case import Case
 from dlgbench.metrics import mean_squared_error, psnr
 from dlgbench.peeling import chain, peel
 from dlgbench.victims import network_of, secret_of
 
 from .clients import PHOTOS, case, leaked
+
+EVAL = "activation=relu,batchnorm=eval"
 
 
 def fidelity(one: Case) -> float:
@@ -95,6 +100,27 @@ def test_pooled_layers_are_solved_together() -> None:
     assert trunk is not None
     assert [layer.name for layer in layers] == ["body.7", "body.9", "body.11"]
     assert fidelity(one) > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("lenet5", "newton"), ("lenet5:activation=relu", "continuation"), (f"resnet18:{EVAL}", "inversion")],
+)
+def test_what_lies_below_the_chain_has_its_own_way(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an image of a residual network is as small as a continuation allows."""
+    taken = []
+    for module, function in ((newton, "solve"), (continuation, "solve"), (inversion, "invert")):
+
+        def grey(*arguments: Any, module: ModuleType = module) -> Tensor:
+            taken.append(module.__name__)
+            return torch.zeros(arguments[-1])
+
+        monkeypatch.setattr(module, function, grey)
+    one = case(network=name, channels=1 if way == "newton" else 3, resolution=32)
+    assert list(peel(network_of(one), leaked(one), one.shape))
+    assert taken == [f"dlgbench.{way}"]
 
 
 def test_large_images_are_not_written_out() -> None:
