@@ -9,13 +9,13 @@ as strong as the network is wrong.  So both shrink together: a continuation (All
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from dlgbench.leak import Tensors
-from dlgbench.newton import residual_of
+from dlgbench import inversion
+from dlgbench.newton import Segment
 from dlgbench.softening import bent
 from dlgbench.spectrum import CONTRAST, Spectrum
 
@@ -30,44 +30,23 @@ ITERATIONS, HISTORY = 80, 100
 """Of L-BFGS on each level."""
 
 
-def solve(
-    trunk: fx.GraphModule,
-    weights: Tensors,
-    gradients: Tensors,
-    features: Tensor,
-    slope: Tensor,
-    shape: tuple[int, ...],
-) -> Tensor:
-    """As `newton.solve`, for a ``trunk`` whose units are rectified; NaN where the leak is not finite."""
-    spectrum = Spectrum(shape[-3:], slope)
-    unknown = torch.zeros(shape).to(slope).requires_grad_()
+def solve(segment: Segment, shape: tuple[int, ...]) -> Tensor:
+    """As `newton.solve`, for rectified units; NaN where what is known has no finite residual."""
+    spectrum = Spectrum(shape[-3:], segment.slope)
+    unknown = torch.zeros(shape).to(segment.slope).requires_grad_()
 
     def images() -> Tensor:
         return 0.5 + CONTRAST * spectrum.images(unknown)
 
+    def objective(soft: Segment, prior: float) -> Tensor:
+        return soft.residual(images()).square().sum() + prior * unknown.square().mean()
+
+    if not segment.residual(images().detach()).isfinite().all():
+        return torch.full_like(unknown, torch.nan)
     for bend in torch.logspace(math.log10(WIDEST), math.log10(NARROWEST), LEVELS).tolist():
-        residual = residual_of(bent(trunk, 1 / bend), weights, gradients, features, slope)
-        if not residual(images().detach()).isfinite().all():
-            return torch.full_like(unknown, torch.nan)
-        _descend(lambda: residual(images()).square().sum() + _prior(unknown, bend), unknown)  # noqa: B023
+        soft = segment._replace(trunk=bent(segment.trunk, 1 / bend))
+        inversion.descend(
+            partial(objective, soft, PRIOR * bend**2), unknown,
+            iterations=ITERATIONS, closures=2 * ITERATIONS, history=HISTORY,
+        )  # fmt: skip
     return images().detach()
-
-
-def _prior(coefficients: Tensor, bend: float) -> Tensor:
-    return PRIOR * bend**2 * coefficients.square().mean()
-
-
-def _descend(objective: Callable[[], Tensor], unknown: Tensor) -> None:
-    """Move ``unknown`` to where the objective is low."""
-    optimizer = torch.optim.LBFGS(
-        [unknown], max_iter=ITERATIONS, max_eval=2 * ITERATIONS, history_size=HISTORY,
-        tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> float:
-        value = objective()
-        (unknown.grad,) = torch.autograd.grad(value, unknown)
-        return float(value.detach())
-
-    with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]

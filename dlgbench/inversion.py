@@ -5,7 +5,7 @@ Mahendran and Vedaldi 2015, "Understanding deep image representations by inverti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -34,24 +34,35 @@ def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape
     state = {name.removeprefix("body."): tensor for name, tensor in (leak.weights | leak.buffers).items()}
     spectrum = Spectrum(shape[-3:], network.mean)
     unknown = torch.zeros(shape).to(network.mean).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [unknown], max_iter=CLOSURES, max_eval=CLOSURES, history_size=HISTORY,
-        tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
-    )  # fmt: skip
 
     def images() -> Tensor:
         return 0.5 + CONTRAST * spectrum.images(unknown)
 
-    def closure() -> float:
+    def objective() -> Tensor:
         found = functional_call(part, state, (network.normalise(images()),))
         misfits = [(a - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
-        objective = torch.stack(misfits).sum() + PRIOR * unknown.square().mean()
-        (unknown.grad,) = torch.autograd.grad(objective, unknown)
-        return float(objective.detach())
+        return torch.stack(misfits).sum() + PRIOR * unknown.square().mean()
+
+    descend(objective, unknown, iterations=CLOSURES, closures=CLOSURES, history=HISTORY)
+    return images().detach()
+
+
+def descend(
+    objective: Callable[[], Tensor], unknown: Tensor, *, iterations: int, closures: int, history: int
+) -> None:
+    """Move the leaf ``unknown`` to where an objective of it is low, by L-BFGS to the end of its means."""
+    optimizer = torch.optim.LBFGS(
+        [unknown], max_iter=iterations, max_eval=closures, history_size=history,
+        tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> float:
+        value = objective()
+        (unknown.grad,) = torch.autograd.grad(value, unknown)
+        return float(value.detach())
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return images().detach()
 
 
 def frontier(body: fx.GraphModule, values: Mapping[fx.Node, Tensor]) -> list[fx.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -23,45 +24,45 @@ LEAST = 1e-18
 """The least damping, in units of the normal matrix' mean eigenvalue."""
 
 
-def solve(
-    trunk: fx.GraphModule,
-    weights: Tensors,
-    gradients: Tensors,
-    features: Tensor,
-    slope: Tensor,
-    shape: tuple[int, ...],
-) -> Tensor:
-    """The image, shaped ``shape``, on which ``trunk`` gives ``features`` and the leaked gradients.
+class Segment(NamedTuple):
+    """The lowest layers of a network and what is known of them, all in float64."""
 
-    ``slope`` is the loss's gradient in the features; ``weights`` and ``gradients`` are the trunk's, by
-    its own names, all in float64.  Levenberg-Marquardt (Nocedal and Wright, "Numerical Optimization",
-    section 10.3) from grey, over frequencies.
+    trunk: fx.GraphModule
+    weights: Tensors
+    """The trunk's, by its own names."""
+    gradients: Tensors
+    """Those of the loss in these weights, as leaked."""
+    features: Tensor
+    """What the trunk gives on the private image."""
+    slope: Tensor
+    """The loss's gradient in the features."""
+
+    def residual(self, images: Tensor) -> Tensor:
+        """What ``images`` leave of the features and of every gradient, each in units of its size, a vector."""
+
+        def loss(weights: Tensors) -> tuple[Tensor, Tensor]:
+            outputs = functional_call(self.trunk, weights, (images,)).flatten()
+            return (outputs * self.slope.flatten()).sum(), outputs
+
+        ours, outputs = grad(loss, has_aux=True)(self.weights)
+        ahead = (outputs - self.features.flatten()) / (self.features - self.features.mean()).norm()
+        apart = (((ours[name] - theirs) / theirs.norm()).flatten() for name, theirs in self.gradients.items())
+        return torch.cat([ahead, *apart])
+
+
+def solve(segment: Segment, shape: tuple[int, ...]) -> Tensor:
+    """The image, shaped ``shape``, that a segment's features and gradients are of.
+
+    By Levenberg-Marquardt (Nocedal and Wright, "Numerical Optimization", section 10.3) from grey, over
+    frequencies.
     """
-    spectrum = Spectrum(shape[-3:], slope)
-    misfit = residual_of(trunk, weights, gradients, features, slope)
+    spectrum = Spectrum(shape[-3:], segment.slope)
 
     def images(unknown: Tensor) -> Tensor:
         return 0.5 + spectrum.images(unknown.view(shape))
 
-    start = torch.zeros(math.prod(shape)).to(slope)
-    return images(levenberg_marquardt(lambda unknown: misfit(images(unknown)), start))
-
-
-def residual_of(
-    trunk: fx.GraphModule, weights: Tensors, gradients: Tensors, features: Tensor, slope: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """What images leave of ``features`` and of every gradient, each in units of its size, as one vector."""
-
-    def residual(images: Tensor) -> Tensor:
-        def loss(weights: Tensors) -> tuple[Tensor, Tensor]:
-            outputs = functional_call(trunk, weights, (images,)).flatten()
-            return (outputs * slope.flatten()).sum(), outputs
-
-        ours, outputs = grad(loss, has_aux=True)(weights)
-        ahead = (outputs - features.flatten()) / (features - features.mean()).norm()
-        return torch.cat([ahead, *(((ours[n] - g) / g.norm()).flatten() for n, g in gradients.items())])
-
-    return residual
+    start = torch.zeros(math.prod(shape)).to(segment.slope)
+    return images(levenberg_marquardt(lambda unknown: segment.residual(images(unknown)), start))
 
 
 def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _peel(
     if trunk is not None:
         below_it = {f"body.{name}": name for name, _ in trunk.named_parameters()}
         weights, gradients = ({below_it[n]: part[n] for n in below_it} for part in (weights, gradients))
-        inputs = _solver(trunk).solve(trunk, weights, gradients, inputs, slope, shape)
+        inputs = _solver(trunk).solve(newton.Segment(trunk, weights, gradients, inputs, slope), shape)
     return inputs.view(shape) * network.std + network.mean
 
 
