@@ -38,7 +38,7 @@ class Segment(NamedTuple):
     """The loss's gradient in the features."""
 
     def residual(self, images: Tensor) -> Tensor:
-        """What ``images`` leave of the features and of every gradient, each in units of its size, a vector."""
+        """What ``images`` leave of the features and every gradient, each in units of its size: a vector."""
 
         def loss(weights: Tensors) -> tuple[Tensor, Tensor]:
             outputs = functional_call(self.trunk, weights, (images,)).flatten()
