@@ -74,13 +74,18 @@ class Network(nn.Module):
         return torch.stack(terms + [DIVERGENCE * divergence(code) for code in codes]).sum()
 
     @cached_property
-    def head(self) -> str:
-        """The name of the linear layer that gives the logits: of several heads, the first."""
+    def head_node(self) -> fx.Node:
+        """The last layer before the logits, in the body's graph: of several heads, the first's."""
         assert isinstance(self.body, fx.GraphModule)  # what `replace_activation` returns
-        node = next(node for node in self.body.graph.nodes if node.op == "output")
+        node: fx.Node = next(node for node in self.body.graph.nodes if node.op == "output")
         while node.op != "call_module":
             node = node.all_input_nodes[0]
-        name = f"body.{node.target}"
+        return node
+
+    @cached_property
+    def head(self) -> str:
+        """The name of the linear layer that gives the logits: of several heads, the first."""
+        name = f"body.{self.head_node.target}"
         return f"{name}.head" if isinstance(self.get_submodule(name), Bottleneck) else name
 
     @cached_property

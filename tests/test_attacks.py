@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -183,9 +184,13 @@ def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
     assert not torch.equal(attack.dummy_images, grey.dummy_images)
 
 
-def test_a_large_image_is_sought_from_coarse_to_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("level_steps", "levels"), [(4, [14, 28, 90]), (0, [90])])
+def test_a_large_image_is_sought_from_coarse_to_fine(
+    monkeypatch: pytest.MonkeyPatch, level_steps: int, levels: list[int]
+) -> None:
     seen: list[float] = []
-    one = case(attack="spectral:iterations=1", network="resnet18", resolution=128, steps=10, dtype="float32")
+    attack = f"spectral:iterations=1,level_steps={level_steps}"
+    one = case(attack=attack, network="resnet18", resolution=128, steps=10, dtype="float32")
 
     def note(attack: Spectral, images: torch.Tensor, labels: torch.Tensor, leak: Leak) -> torch.Tensor:
         with torch.no_grad():
@@ -195,8 +200,22 @@ def test_a_large_image_is_sought_from_coarse_to_fine(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Spectral, "distance", note)
     fitted(one, leaked(one))
-    levels = list(dict.fromkeys(round(most) for most in seen))
-    assert levels == [14, 28, 90]  # 56 is above a quarter of 128; the highest is 64 times root 2
+    assert list(dict.fromkeys(round(most) for most in seen)) == levels
+    # 56 is above a quarter of 128; the highest is 64 times root 2
+
+
+@pytest.mark.parametrize(("network", "batch", "resolution"), [("resnet18", 1, 64), ("inception_v3", 2, 299)])
+def test_layers_count_that_the_first_head_is_computed_by(network: str, batch: int, resolution: int) -> None:
+    one = case(attack="spectral", network=network, batch=batch, resolution=resolution, dtype="float32")
+    attack = trial.attack_on([one], network_of(one))
+    assert isinstance(attack, Spectral)
+    ghost = copy.deepcopy(attack.network).to("meta").requires_grad_()
+    weights = dict(ghost.named_parameters())
+    logits = ghost(torch.empty(batch, 3, resolution, resolution, device="meta"))[0]
+    slopes = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+    used = {name for name, slope in zip(weights, slopes, strict=True) if slope is not None}
+    assert attack.main == used
+    assert (used == weights.keys()) is (network == "resnet18")
 
 
 def test_a_small_image_is_sought_as_a_whole() -> None:

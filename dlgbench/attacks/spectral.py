@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.inversion import trunk
 from dlgbench.leak import Leak, gradients, statistics
 from dlgbench.linesearch import backtracking
 from dlgbench.masks import read
@@ -26,8 +27,6 @@ NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
 LEVELS = (14, 28, 56)
 """Frequencies, in periods a side, up to which an image is sought before the next and before all of it."""
-LEVEL_STEPS = 4
-"""How many steps each level has at most: less than a fifth of all where these are few."""
 CLIPPED = 0.02
 """The share of pixels that may lie beyond black and white where the contrast is a guess."""
 
@@ -38,12 +37,14 @@ CLIPPED = 0.02
     priors="smooth and pale where the gradient leaves it open, range of pixels",
     revision={
         "default": 4,
-        "network.dropout=known": 6,
+        "network=inception_v3": 7,
         "network.batchnorm=train": 5,
         "network.batchnorm=eval": 5,
         "network.activation=relu": 5,
     },
     positive=("learning_rate", "history", "iterations"),
+    natural=("level_steps",),
+    later={"level_steps": 4},
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -51,6 +52,8 @@ class Spectral(LabelsFirst):
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
+    ``level_steps`` is how many steps each of the `LEVELS` has at most: less than a fifth of all where these
+    are few; with 0 all frequencies are sought at once.
     """
 
     def __init__(
@@ -61,13 +64,16 @@ class Spectral(LabelsFirst):
         learning_rate: float = 1.0,
         history: int = 100,
         iterations: int = 20,
+        level_steps: int = 4,
     ) -> None:
         super().__init__(network, task)
         self.soft = softened(network)
+        self.main = _weights_below_the_first_head(network)
         self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
-        self.levels = [level for level in LEVELS if 4 * level <= min(task.height, task.width)]
+        self.level_steps = level_steps
+        self.levels = [level for level in LEVELS if level_steps and 4 * level <= min(task.height, task.width)]
         self.window = torch.ones(task.height, task.width).to(network.mean)
         self.optimizer = partial(
             LBFGS, active=self.active,
@@ -110,11 +116,14 @@ class Spectral(LabelsFirst):
         """The mean of ``|g - g*|^2 / |g*|^2`` over the weights of convolutions and linear layers.
 
         Biases and batch norm's parameters hold few numbers, sums over all positions, and would weigh
-        as much as whole layers.  A batch's statistics count as weights do, where the client shares them.
+        as much as whole layers.  Layers that only an auxiliary head needs do not count: batch norm over
+        its few positions passes on little but signs, which softened maxima get wrong.
+        A batch's statistics count as weights do, where the client shares them.
         """
         ours = gradients(self.soft, leak.weights, leak.buffers, images, labels.softmax(-1))
         seen = statistics(self.soft, leak.weights, leak.buffers, images)
-        pairs = [(ours[name], g) for name, g in leak.gradients.items() if g.dim() > 1]
+        weights = [name for name, g in leak.gradients.items() if g.dim() > 1 and name in self.main]
+        pairs = [(ours[name], leak.gradients[name]) for name in weights]
         pairs += [(seen[name], leak.buffers[name]) for name in seen]
         return torch.stack([_relative_square(a, b) for a, b in pairs]).mean()
 
@@ -123,7 +132,7 @@ class Spectral(LabelsFirst):
 
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        steps = min(LEVEL_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // 5))
+        steps = min(self.level_steps, max(1, int(self.trainer.estimated_stepping_batches) // 5))
         if self.levels and batch_idx % steps == 0 and batch_idx // steps <= len(self.levels):
             self.focus([*self.levels, float("inf")][batch_idx // steps])
 
@@ -148,6 +157,13 @@ class Spectral(LabelsFirst):
         room = torch.where(room > 0, room, torch.inf)  # of what is outside at any factor
         most = torch.quantile(room.flatten(1), CLIPPED, dim=1).view(-1, 1, 1, 1, 1)
         return torch.where(most.isfinite(), most, 1)
+
+
+def _weights_below_the_first_head(network: Network) -> set[str]:
+    assert isinstance(network.body, fx.GraphModule)
+    main = trunk(network.body, [network.head_node])
+    main.delete_all_unused_submodules()
+    return {f"body.{name}" for name, _ in main.named_parameters()}
 
 
 def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
