@@ -31,7 +31,7 @@ def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape
     ends = frontier(network.body, values)
     part, wanted = trunk(network.body, ends), [values[end].to(network.mean) for end in ends]
     sizes = [value.square().sum() for value in wanted]
-    state = {name.removeprefix("body."): tensor for name, tensor in (leak.weights | leak.buffers).items()}
+    state = {name: (leak.weights | leak.buffers)[f"body.{name}"] for name in part.state_dict()}
     spectrum = Spectrum(shape[-3:], network.mean)
     unknown = torch.zeros(shape).to(network.mean).requires_grad_()
 
@@ -84,5 +84,6 @@ def trunk(body: fx.GraphModule, ends: Sequence[fx.Node]) -> fx.GraphModule:
     graph.output(tuple(copies[end] for end in ends))
     part = fx.GraphModule(body, graph)
     part.graph.eliminate_dead_code()
+    part.delete_all_unused_submodules()
     part.recompile()
     return part

@@ -33,7 +33,7 @@ class Segment(NamedTuple):
     gradients: Tensors
     """Those of the loss in these weights, as leaked."""
     features: Tensor
-    """What the trunk gives on the private image."""
+    """What the trunk gives on the private image, alone in a tuple."""
     slope: Tensor
     """The loss's gradient in the features."""
 
@@ -41,7 +41,7 @@ class Segment(NamedTuple):
         """What ``images`` leave of the features and every gradient, each in units of its size: a vector."""
 
         def loss(weights: Tensors) -> tuple[Tensor, Tensor]:
-            outputs = functional_call(self.trunk, weights, (images,)).flatten()
+            outputs = functional_call(self.trunk, weights, (images,))[0].flatten()
             return (outputs * self.slope.flatten()).sum(), outputs
 
         ours, outputs = grad(loss, has_aux=True)(self.weights)

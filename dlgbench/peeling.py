@@ -149,6 +149,7 @@ def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | No
     assert isinstance(body, fx.GraphModule)
     ShapeProp(body).propagate(torch.zeros(shape).to(network.mean))
     (node,) = (node for node in body.graph.nodes if node.op == "output")
+    below = node.all_input_nodes[0]
     layers: list[Layer] = []
     activation: Activation | None = None
     while len(node.all_input_nodes) == 1 and len(node.all_input_nodes[0].users) == 1:
@@ -157,32 +158,20 @@ def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | No
             return None, layers
         module = body.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, Conv2d | nn.Linear) and _size(node.all_input_nodes[0]).numel() <= LARGEST:
-            sizes = _size(node.all_input_nodes[0]), _size(node)
-            layers.insert(0, Layer(f"body.{node.target}", module, *sizes, activation))
+            (below,) = node.all_input_nodes
+            layers.insert(0, Layer(f"body.{node.target}", module, _size(below), _size(node), activation))
             activation = None
         elif node.target in INVERSES and activation is None:
             activation = node.target
         elif not isinstance(module, nn.Flatten | nn.Identity) and node.target is not torch.flatten:
             break
-    return _below(body, node, activation), layers
+    return inversion.trunk(body, [below]), layers
 
 
 def _size(node: fx.Node) -> torch.Size:
     """The shape of what a node gives, without the batch's dimension."""
     size: torch.Size = node.meta["tensor_meta"].shape[1:]
     return size
-
-
-def _below(body: fx.GraphModule, last: fx.Node, activation: Activation | None) -> fx.GraphModule:
-    """``body`` from its input to the node ``last``, and the activation behind it."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in body.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        if node is last:
-            break
-    end = copies[last] if activation is None else graph.call_function(activation, (copies[last],))
-    graph.output(end)
-    return fx.GraphModule(body, graph)
 
 
 def _undo(activation: Activation | None, values: Tensor, slope: Tensor) -> Outputs:

@@ -68,7 +68,9 @@ class Spectral(LabelsFirst):
     ) -> None:
         super().__init__(network, task)
         self.soft = softened(network)
-        self.main = _weights_below_the_first_head(network)
+        assert isinstance(network.body, fx.GraphModule)
+        main = trunk(network.body, [network.head_node])
+        self.main = {f"body.{name}" for name, _ in main.named_parameters()}
         self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
@@ -157,13 +159,6 @@ class Spectral(LabelsFirst):
         room = torch.where(room > 0, room, torch.inf)  # of what is outside at any factor
         most = torch.quantile(room.flatten(1), CLIPPED, dim=1).view(-1, 1, 1, 1, 1)
         return torch.where(most.isfinite(), most, 1)
-
-
-def _weights_below_the_first_head(network: Network) -> set[str]:
-    assert isinstance(network.body, fx.GraphModule)
-    main = trunk(network.body, [network.head_node])
-    main.delete_all_unused_submodules()
-    return {f"body.{name}" for name, _ in main.named_parameters()}
 
 
 def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
