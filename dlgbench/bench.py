@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import exits, measure, provenance, trial
+from dlgbench import exits, measure, provenance, scaling, trial
 from dlgbench.compiler import Compiler
 from dlgbench.records import write
 from dlgbench.registry import NETWORKS
@@ -59,7 +59,7 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Row
         return {
             "closures": lambda: measure.closures(["lenet_dlg"], 20, compiler),
             "shares": lambda: [measure.shares("lenet_dlg", 16, 10, compiler)],
-            "histories": lambda: measure.histories([20, 100], 8, 3),
+            "histories": lambda: scaling.histories([20, 100], 8, 3),
         }
     deep = [name for name, entry in NETWORKS.entries.items() if entry.facts["resolution"] > 32]
     return {
@@ -68,9 +68,9 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Row
         "shares": lambda: [
             measure.shares("lenet_dlg", 30, 30, compiler), measure.shares("resnet18", 1, 3, compiler)
         ],
-        "widths": lambda: measure.widths([1, 2, 4, 8, 16, 32, 64, 128, 256], 5, compiler),
-        "resolutions": lambda: measure.resolutions("resnet18", [33, 64, 128, 224, 299], 5),
-        "histories": lambda: measure.histories([5, 10, 20, 50, 100], 8, 5),
+        "widths": lambda: scaling.widths([1, 2, 4, 8, 16, 32, 64, 128, 256], 5, compiler),
+        "resolutions": lambda: scaling.resolutions("resnet18", [33, 64, 128, 224, 299], 5),
+        "histories": lambda: scaling.histories([5, 10, 20, 50, 100], 8, 5),
     }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ FLOORS: Sequence[set[str]] = (
     {"grid", "executors"},
     {"runner", "views"},
     {"measure"},
+    {"scaling"},
     {"session", "bench", "recommend"},
     {"cli"},
     {"__main__"},
