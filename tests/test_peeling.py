@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dlgbench import continuation, inversion, leastsquares, newton
 from dlgbench.case import Case
+from dlgbench.chains import chain
 from dlgbench.metrics import mean_squared_error, psnr
-from dlgbench.peeling import chain, peel
+from dlgbench.peeling import peel
 from dlgbench.victims import network_of, secret_of
 
 from .clients import PHOTOS, case, leaked

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from dlgbench.case import Case
+from dlgbench.chains import chain
 from dlgbench.leak import Leak
-from dlgbench.peeling import chain
 from dlgbench.residual import Descent
 from dlgbench.victims import network_of, secret_of
 
