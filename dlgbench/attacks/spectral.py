@@ -39,7 +39,7 @@ CLIPPED = 0.02
         "default": 4,
         "network=inception_v3": 7,
         "network.batchnorm=train": 5,
-        "network.batchnorm=eval": 8,
+        "network.batchnorm=eval": 5,
         "network.activation=relu": 5,
     },
     positive=("learning_rate", "history", "iterations"),
