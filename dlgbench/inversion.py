@@ -31,7 +31,8 @@ def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape
     ends = frontier(network.body, values)
     part, wanted = trunk(network.body, ends), [values[end].to(network.mean) for end in ends]
     sizes = [value.square().sum() for value in wanted]
-    state = {name: (leak.weights | leak.buffers)[f"body.{name}"] for name in part.state_dict()}
+    shared = leak.weights | leak.buffers
+    state = {name: shared[f"body.{name}"] for name in part.state_dict()}
     spectrum = Spectrum(shape[-3:], network.mean)
     unknown = torch.zeros(shape).to(network.mean).requires_grad_()
 

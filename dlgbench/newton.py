@@ -28,12 +28,13 @@ class Segment(NamedTuple):
     """The lowest layers of a network and what is known of them, all in float64."""
 
     trunk: fx.GraphModule
+    """Gives a tuple of one."""
     weights: Tensors
     """The trunk's, by its own names."""
     gradients: Tensors
     """Those of the loss in these weights, as leaked."""
     features: Tensor
-    """What the trunk gives on the private image, alone in a tuple."""
+    """What the trunk gives on the private image."""
     slope: Tensor
     """The loss's gradient in the features."""
 
