@@ -76,11 +76,13 @@ def frontier(body: fx.GraphModule, values: Mapping[fx.Node, Tensor]) -> list[fx.
     return [node for node in values if node in open_]
 
 
-def trunk(body: fx.GraphModule, ends: Sequence[fx.Node]) -> fx.GraphModule:
-    """``body`` from its input to the nodes ``ends``, all of which it gives."""
+def trunk(body: fx.GraphModule, ends: Sequence[fx.Node], begin: fx.Node | None = None) -> fx.GraphModule:
+    """``body`` from its input, or from the node ``begin``, to the nodes ``ends``, all of which it gives."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in body.graph.nodes:
-        if node.op != "output":
+        if node is begin or (begin is None and node.op == "placeholder"):
+            copies[node] = graph.placeholder(node.name)
+        elif node.op not in ("placeholder", "output") and all(n in copies for n in node.all_input_nodes):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[end] for end in ends))
     part = fx.GraphModule(body, graph)

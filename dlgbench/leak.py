@@ -153,6 +153,13 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
+def relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
+    """``|ours - theirs|^2 / |theirs|^2``; 0 where theirs is all 0, as of a layer that shared nothing."""
+    size = theirs.square().sum()
+    some = size > 0
+    return torch.where(some, (ours - theirs).square().sum() / torch.where(some, size, 1), 0)
+
+
 def squared_distance(ours: Tensors, theirs: Tensors) -> Tensor:
     """The squared Euclidean distance over all parameters, a scalar (Zhu et al. 2019, equation 3)."""
     return torch.stack([(ours[name] - theirs[name]).square().sum() for name in theirs]).sum()

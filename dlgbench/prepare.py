@@ -73,19 +73,19 @@ class Network(nn.Module):
         terms = [w * F.cross_entropy(head, labels) for w, head in zip(self.heads, logits, strict=True)]
         return torch.stack(terms + [DIVERGENCE * divergence(code) for code in codes]).sum()
 
-    @cached_property
-    def head_node(self) -> fx.Node:
-        """The last layer before the logits, in the body's graph: of several heads, the first's."""
+    @property
+    def head_nodes(self) -> list[fx.Node]:
+        """The last layers before every head's logits, in the body's graph."""
         assert isinstance(self.body, fx.GraphModule)  # what `replace_activation` returns
         node: fx.Node = next(node for node in self.body.graph.nodes if node.op == "output")
-        while node.op != "call_module":
+        while node.all_input_nodes[0].op != "call_module":
             node = node.all_input_nodes[0]
-        return node
+        return node.all_input_nodes
 
     @cached_property
     def head(self) -> str:
         """The name of the linear layer that gives the logits: of several heads, the first."""
-        name = f"body.{self.head_node.target}"
+        name = f"body.{self.head_nodes[0].target}"
         return f"{name}.head" if isinstance(self.get_submodule(name), Bottleneck) else name
 
     @cached_property

@@ -55,6 +55,16 @@ def test_a_trunk_gives_what_its_ends_are() -> None:
     assert {node.name for node in part.graph.nodes} == {"x", "sin", "cos", "output"}
 
 
+def test_a_trunk_may_begin_anywhere() -> None:
+    body, nodes = forked()
+    part = trunk(body, [nodes["neg"], nodes["sin"]], nodes["sin"])
+    x = torch.rand(3)
+    neg, sin = part(x)
+    assert torch.equal(neg, -(x + x.cos()))
+    assert torch.equal(sin, x)
+    assert {node.op for node in part.graph.nodes} == {"placeholder", "call_function", "output"}
+
+
 @pytest.mark.parametrize("image", [0, 1, 2])
 def test_a_photo_is_recognised_from_a_rectified_residual_network(image: int) -> None:
     """Published of ReLU and 224 px: 15.75 dB (Guo et al. 2025, arXiv 2503.11514)."""

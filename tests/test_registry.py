@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -149,15 +149,6 @@ def test_what_must_be_positive_is_an_option(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
-def test_what_may_be_zero_may_not_be_less(kind: str, name: str) -> None:
-    for key in ROOMS[kind].entry(name).facts.get("natural", ()):
-        assert ROOMS[kind].entry(name).options[key].kind is int
-        assert ROOMS[kind].complete(name, {key: 0}).get(key) == 0
-        with pytest.raises(UsageError, match=f"{key} >= 0, got -1"):
-            ROOMS[kind].complete(name, {key: -1})
-
-
-@pytest.mark.parametrize(("kind", "name"), NAMES)
 def test_options_leave_room_for_the_name(kind: str, name: str) -> None:
     """A case's JSON holds an entry's name beside its options."""
     assert "name" not in ROOMS[kind].entry(name).options
@@ -192,21 +183,23 @@ def test_toys_are_read_from_source(toys: Room) -> None:
 # Specs
 
 
-def value_of(option: Option, alone: bool, facts: Mapping[str, Any]) -> st.SearchStrategy[Value]:
-    positive, natural = (option.name in facts.get(fact, ()) for fact in ("positive", "natural"))
+def value_of(option: Option, alone: bool, positive: bool) -> st.SearchStrategy[Value]:
     if option.choices:
         return st.sampled_from(option.choices)
     if option.kind is str:  # among others a comma separates options, and blanks around a value are dropped
         return st.text() if alone else st.text().filter(lambda text: "," not in text and text == text.strip())
     if option.kind is float:
-        return st.floats(0 if positive else None, allow_nan=False, allow_infinity=False, exclude_min=positive)
-    least = 1 if positive else 0 if natural else None
-    return st.integers(least) if option.kind is int else st.booleans()
+        least = 0 if positive else None
+        return st.floats(least, allow_nan=False, allow_infinity=False, exclude_min=positive)
+    return st.integers(1 if positive else None) if option.kind is int else st.booleans()
 
 
 def some_options(entry: Entry) -> st.SearchStrategy[dict[str, Value]]:
     alone = len(entry.options) == 1
-    values = {name: value_of(option, alone, entry.facts) for name, option in entry.options.items()}
+    values = {
+        name: value_of(option, alone, name in entry.facts.get("positive", ()))
+        for name, option in entry.options.items()
+    }
     required = {name: values.pop(name) for name, option in entry.options.items() if option.default is None}
     return st.fixed_dictionaries(required, optional=values)
 

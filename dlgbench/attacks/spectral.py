@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from dlgbench import topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.inversion import trunk
-from dlgbench.leak import Leak, gradients, statistics
+from dlgbench.leak import Leak, gradients, relative_square, statistics
 from dlgbench.linesearch import backtracking
 from dlgbench.masks import read
 from dlgbench.optim import LBFGS
@@ -25,8 +26,9 @@ from dlgbench.spectrum import CONTRAST, Spectrum
 
 NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
-LEVELS = (14, 28, 56)
-"""Frequencies, in periods a side, up to which an image is sought before the next and before all of it."""
+LEVELS, LEVEL_STEPS = (14, 28, 56), 4
+"""Frequencies, in periods a side, up to which an image is sought before the next and before all of it, and
+for how many steps at most: less than a fifth of all where these are few."""
 CLIPPED = 0.02
 """The share of pixels that may lie beyond black and white where the contrast is a guess."""
 
@@ -37,14 +39,12 @@ CLIPPED = 0.02
     priors="smooth and pale where the gradient leaves it open, range of pixels",
     revision={
         "default": 4,
-        "network=inception_v3": 7,
+        "network=inception_v3": 8,
         "network.batchnorm=train": 5,
         "network.batchnorm=eval": 5,
         "network.activation=relu": 5,
     },
     positive=("learning_rate", "history", "iterations"),
-    natural=("level_steps",),
-    later={"level_steps": 4},
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -52,8 +52,6 @@ class Spectral(LabelsFirst):
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
-    ``level_steps`` is how many steps each of the `LEVELS` has at most: less than a fifth of all where these
-    are few; with 0 all frequencies are sought at once.
     """
 
     def __init__(
@@ -64,18 +62,16 @@ class Spectral(LabelsFirst):
         learning_rate: float = 1.0,
         history: int = 100,
         iterations: int = 20,
-        level_steps: int = 4,
     ) -> None:
         super().__init__(network, task)
         self.soft = softened(network)
         assert isinstance(network.body, fx.GraphModule)
-        main = trunk(network.body, [network.head_node])
+        main = trunk(network.body, network.head_nodes[:1])
         self.main = {f"body.{name}" for name, _ in main.named_parameters()}
         self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
-        self.level_steps = level_steps
-        self.levels = [level for level in LEVELS if level_steps and 4 * level <= min(task.height, task.width)]
+        self.levels = [level for level in LEVELS if 4 * level <= min(task.height, task.width)]
         self.window = torch.ones(task.height, task.width).to(network.mean)
         self.optimizer = partial(
             LBFGS, active=self.active,
@@ -106,6 +102,8 @@ class Spectral(LabelsFirst):
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
         for case, image in peel(self.network, leak, solved.shape[1:]):
             solved[case] = self.spectrum.coefficients((image - self.middle) / CONTRAST)
+        if torch.equal(solved, self.dummy_images):
+            self.descend(leak, solved)
         if not torch.equal(solved, self.dummy_images):
             grey, ours = (
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
@@ -113,6 +111,18 @@ class Spectral(LabelsFirst):
             self.dummy_images[ours < grey] = solved[ours < grey]
             self.levels = [] if bool((ours < grey).any()) else self.levels  # fine already
             self.closures += 2
+
+    def descend(self, leak: Leak, found: Tensor) -> None:
+        """Put into ``found`` what block after block is found of every case, from the head down."""
+        for row, generator in enumerate(self.generators):
+            seen, labels = self.seen(leak, [row]).row(0), self.dummy_labels[row].softmax(-1)
+            descent = topdown.Descent(self.soft, seen, labels, self.counted(seen))
+            images = descent.images(found[row], lambda dummies: self.pixels(dummies[None])[0], generator)
+            found[row] = found[row] if images is None else images
+
+    def counted(self, leak: Leak) -> list[str]:
+        """The weights of which the distance is."""
+        return [name for name, g in leak.gradients.items() if g.dim() > 1 and name in self.main]
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """The mean of ``|g - g*|^2 / |g*|^2`` over the weights of convolutions and linear layers.
@@ -124,17 +134,16 @@ class Spectral(LabelsFirst):
         """
         ours = gradients(self.soft, leak.weights, leak.buffers, images, labels.softmax(-1))
         seen = statistics(self.soft, leak.weights, leak.buffers, images)
-        weights = [name for name, g in leak.gradients.items() if g.dim() > 1 and name in self.main]
-        pairs = [(ours[name], leak.gradients[name]) for name in weights]
+        pairs = [(ours[name], leak.gradients[name]) for name in self.counted(leak)]
         pairs += [(seen[name], leak.buffers[name]) for name in seen]
-        return torch.stack([_relative_square(a, b) for a, b in pairs]).mean()
+        return torch.stack([relative_square(a, b) for a, b in pairs]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([self.dummy_images])
 
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        steps = min(self.level_steps, max(1, int(self.trainer.estimated_stepping_batches) // 5))
+        steps = min(LEVEL_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // 5))
         if self.levels and batch_idx % steps == 0 and batch_idx // steps <= len(self.levels):
             self.focus([*self.levels, float("inf")][batch_idx // steps])
 
@@ -159,9 +168,3 @@ class Spectral(LabelsFirst):
         room = torch.where(room > 0, room, torch.inf)  # of what is outside at any factor
         most = torch.quantile(room.flatten(1), CLIPPED, dim=1).view(-1, 1, 1, 1, 1)
         return torch.where(most.isfinite(), most, 1)
-
-
-def _relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
-    size = theirs.square().sum()
-    some = size > 0  # of a layer that shared nothing there is no relative distance, nor a gradient of it
-    return torch.where(some, (ours - theirs).square().sum() / torch.where(some, size, 1), 0)
