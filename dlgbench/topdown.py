@@ -27,7 +27,7 @@ from dlgbench.optim import LBFGS
 from dlgbench.prepare import ACTIVATIONS, Network
 from dlgbench.softening import soft_max_pool
 
-ALONE, TOGETHER = 80, 160
+ALONE, TOGETHER = 80, 120
 """Iterations of L-BFGS on a block alone, and then together with those above it."""
 BLOCKS = 3
 """How many those are with it: what a maximum above passes on is right once it is at the right place."""
