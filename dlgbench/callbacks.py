@@ -126,11 +126,18 @@ def lowest(objective: Tensor, starts: int) -> list[int]:
 
 
 class Progress(pl.Callback):
-    """Tells ``show(step, objective, psnr)`` after every step: the medians of the cases still running."""
+    """Tells ``show(step, objective, psnr)`` after every step: the medians of the cases still running.
+
+    Before the first step it is the objective of what is sought then, and no PSNR.
+    """
 
     def __init__(self, judge: Judge, show: Callable[[int, float, float], None]) -> None:
         self.judge = judge
         self.show = show
+
+    def on_train_start(self, trainer: pl.Trainer, attack: pl.LightningModule) -> None:
+        assert isinstance(attack, Attack)
+        attack.tell = lambda objective: self.show(0, objective, math.nan)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

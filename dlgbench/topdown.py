@@ -67,12 +67,19 @@ class Descent:
     """The way down a network whose kinks are softened, on the leak of one case.
 
     The ``leak`` holds every buffer, masks included; ``labels`` are probabilities, ``(image, class)``.
-    The gradients of the weights that ``counted`` names are matched.
+    The gradients of the weights that ``counted`` names are matched.  ``tell`` hears every objective.
     """
 
-    def __init__(self, network: Network, leak: Leak, labels: Tensor, counted: Iterable[str]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        leak: Leak,
+        labels: Tensor,
+        counted: Iterable[str],
+        tell: Callable[[float], None] = lambda objective: None,
+    ) -> None:
         assert isinstance(network.body, fx.GraphModule)
-        self.network, self.body, self.labels = network, network.body, labels
+        self.network, self.body, self.labels, self.tell = network, network.body, labels, tell
         self.state = {name.removeprefix("body."): t for name, t in (leak.weights | leak.buffers).items()}
         self.wanted = {name.removeprefix("body."): leak.gradients[name] for name in counted}
         self.forks = forks(network)
@@ -118,7 +125,7 @@ class Descent:
     def _find(self, index: int, space: Transform, unknown: Tensor) -> Tensor:
         """The unknowns of fork ``index``, or of the image, which is below the last."""
         for blocks, iterations in ((1, ALONE), (BLOCKS, TOGETHER)):
-            unknown = minimise(self._objective(index, space, blocks), unknown, iterations)
+            unknown = minimise(self._objective(index, space, blocks), unknown, iterations, self.tell)
         return unknown
 
     def _objective(self, index: int, space: Transform, blocks: int) -> Transform:
@@ -187,7 +194,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def minimise(objective: Transform, start: Tensor, iterations: int) -> Tensor:
+def minimise(objective: Transform, start: Tensor, iterations: int, tell: Callable[[float], None]) -> Tensor:
     """Where L-BFGS gets to from ``start`` by steps that never climb."""
     unknown = start[None].clone().requires_grad_()
     optimizer = LBFGS(
@@ -198,6 +205,7 @@ def minimise(objective: Transform, start: Tensor, iterations: int) -> Tensor:
     def closure() -> Tensor:
         value = objective(unknown[0])
         (unknown.grad,) = torch.autograd.grad(value, unknown)
+        tell(float(value.detach()))
         return value.detach()[None]
 
     optimizer.step(closure)

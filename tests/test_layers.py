@@ -34,7 +34,7 @@ FLOORS: Sequence[set[str]] = (
     {"leak", "case", "training", "defenses"},
     {"defenses.lightning"},
     {"closures", "labels", "masks", "newton", "residual", "inversion"},
-    {"compiler", "continuation", "chains"},
+    {"compiler", "continuation", "chains", "topdown"},
     {"peeling"},
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.spectral"},  # what adapts to defences builds upon it

@@ -52,6 +52,15 @@ def test_a_trial_in_double_precision_is_double_throughout(photos: Dataset, attac
     assert record.history["objective"] != run(CASE, photos).history["objective"]
 
 
+def test_what_is_sought_before_the_first_step_shows(photos: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attack, "look", lambda attack, leak: attack.tell(0.5))
+    shown: list[tuple[int, float, float]] = []
+    trial.run([CASE], photos, trial.Setup("cpu", 60), lambda *told: shown.append(told))
+    assert shown[0][:2] == (0, 0.5)
+    assert shown[0][2] != shown[0][2]  # no PSNR
+    assert [step for step, *_ in shown] == [0, 1, 2, 3, 4]
+
+
 def test_a_batch_has_one_entry_per_image(photos: Dataset) -> None:
     record = run(BATCH, photos)
     assert record.status == "done", record.reason

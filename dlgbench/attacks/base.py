@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import pytorch_lightning as pl
@@ -93,6 +93,7 @@ class Attack(pl.LightningModule, ABC):
         self.trace: list[Tensor] = []
         self.closures = torch.zeros(len(starts), dtype=torch.long)
         self.told: Tensors = {}  # of the clients' draws what was inferred, ``(case, …)``, NaN where nothing
+        self.tell: Callable[[float], None] = lambda objective: None  # what is sought before the first step
         self._at_new_iterate = True
         self._gathered: tuple[list[int], Leak] | None = None
 

@@ -116,7 +116,7 @@ class Spectral(LabelsFirst):
         """Put into ``found`` what block after block is found of every case, from the head down."""
         for row, generator in enumerate(self.generators):
             seen, labels = self.seen(leak, [row]).row(0), self.dummy_labels[row].softmax(-1)
-            descent = topdown.Descent(self.soft, seen, labels, self.counted(seen))
+            descent = topdown.Descent(self.soft, seen, labels, self.counted(seen), self.tell)
             images = descent.images(found[row], lambda dummies: self.pixels(dummies[None])[0], generator)
             found[row] = found[row] if images is None else images
 
