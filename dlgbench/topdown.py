@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -88,12 +88,13 @@ class Descent:
     def images(self, start: Tensor, pixels: Transform, generator: torch.Generator) -> Tensor | None:
         """The unknowns of which ``pixels`` makes the images, sought from ``start``.
 
-        None where it is not known how the values of a fork are distributed, and where there is no fork.
+        None where there is no fork or it is not known how its values are distributed, and of a bottleneck.
         """
-        ShapeProp(self.body).propagate(torch.zeros_like(pixels(start)))
         spaces = [self.units(fork) for fork in self.forks]
-        if not spaces or None in spaces:
+        head = self.body.get_submodule(str(self.network.head_nodes[0].target))
+        if not spaces or None in spaces or not isinstance(head, nn.Linear):
             return None
+        ShapeProp(self.body).propagate(torch.zeros_like(pixels(start)))
         for index, space in enumerate(spaces):
             assert space is not None
             size = self.forks[index].meta["tensor_meta"].shape

@@ -12,7 +12,7 @@ from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.datasets import prepare
 from dlgbench.leak import Leak, gradients
 from dlgbench.prepare import Network, replace_activation
-from dlgbench.registry import NETWORKS
+from dlgbench.registry import DEFENSES, NETWORKS
 from dlgbench.softening import softened
 from dlgbench.topdown import ALONE, Descent, forks
 
@@ -173,6 +173,14 @@ def test_rectified_units_are_not_sought() -> None:
     way = descent(softened(client), leaked(client))
     assert way.images(torch.zeros(2, 3, SIDE, SIDE), lambda dummies: dummies, torch.Generator()) is None
     assert way.known == {}
+
+
+def test_what_is_behind_a_bottleneck_is_left_alone() -> None:
+    client = DEFENSES.make(DEFENSES.spec("precode:units=16")).protect(network(), (2, 3, SIDE, SIDE))
+    client.requires_grad_(False)
+    weights = dict(client.named_parameters())
+    way = Descent(softened(client), Leak(weights, dict(client.named_buffers()), weights), labels(), [])
+    assert way.images(torch.zeros(2, 3, SIDE, SIDE), lambda dummies: dummies, torch.Generator()) is None
 
 
 @pytest.mark.parametrize("text", ["resnet18", "densenet121", "lenet5"])
