@@ -49,6 +49,7 @@ CLIPPED = 0.02
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
 
+    What cannot be is sought block after block, where it is known how the blocks' inputs are distributed.
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
