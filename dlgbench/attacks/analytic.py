@@ -16,7 +16,7 @@ from dlgbench.registry import ATTACKS
     labels="recovered first, by counts",
     priors="smooth and pale where equations are missing",
     steps=1,
-    revision={"default": 2, "network.batchnorm=eval": 3},
+    revision={"default": 2, "network.batchnorm=eval": 4},
 )
 class Analytic(LabelsFirst):
     """Labels by counts, one image layer by layer in closed form (Zhu and Blaschko 2021, "R-GAP").

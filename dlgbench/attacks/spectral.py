@@ -41,7 +41,7 @@ CLIPPED = 0.02
         "default": 4,
         "network=inception_v3": 8,
         "network.batchnorm=train": 5,
-        "network.batchnorm=eval": 5,
+        "network.batchnorm=eval": 8,
         "network.activation=relu": 5,
     },
     positive=("learning_rate", "history", "iterations"),
