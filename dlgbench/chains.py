@@ -9,23 +9,23 @@ equation, but it is an input of the next layer that is known to be 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.grad import conv2d_input
 
 from dlgbench import leastsquares
 from dlgbench.convolution import Conv2d
+from dlgbench.equations import Equations
 from dlgbench.inversion import trunk
 from dlgbench.leak import Leak, Tensors
 from dlgbench.prepare import ACTIVATIONS, Network
 from dlgbench.spectrum import Spectrum
 
 LARGEST = 4096
-"""Unknowns of a layer that are solved for: its equations are written out, in a gigabyte for so many."""
+"""Unknowns of a layer that are solved for, in a gigabyte for so many."""
 EDGE = 1e-12
 """What a bounded activation keeps from its bounds at least, where its inverse is infinite."""
 DEAD = 1e-5
@@ -35,7 +35,6 @@ MISFIT = 1e-2
 below would be solved for in vain.  Measured on lenet_dlg, float32: at most 1e-5 of true gradients."""
 
 Activation = Callable[[Tensor], Tensor]
-Equations = Callable[[Tensor], Tensor]
 Fill = Callable[[Equations, Tensor, torch.Size], Tensor]
 INVERSES: dict[Activation, Activation] = {
     ACTIVATIONS["sigmoid"]: lambda outputs: torch.logit(outputs, EDGE),
@@ -139,41 +138,24 @@ def _convolution(
     """A convolution's input, where the equations leave it open as ``fill`` has it, and the slope there."""
     assert isinstance(layer.module, Conv2d)
     weight, bias = weights[f"{layer.name}.weight"], weights.get(f"{layer.name}.bias")
-    stride, padding = layer.module.stride, cast(tuple[int, int], layer.module.padding)
     forward = outputs.value if bias is None else outputs.value - bias[:, None, None]
-
-    def equations(images: Tensor) -> Tensor:
-        """Both kinds for inputs ``(image, channel, height, width)``, one row an image."""
-        ahead = F.conv2d(images, weight, None, stride, padding)[:, outputs.known]
-        planes = images.flatten(0, 1)[:, None]  # the gradient is a convolution with the slope, dilated
-        whole = F.conv2d(planes, outputs.slope[:, None], padding=padding, dilation=stride)
-        ours = whole[..., : weight.shape[2], : weight.shape[3]]
-        ours = ours.reshape(*images.shape[:2], *ours.shape[1:]).transpose(1, 2)
-        return torch.cat([ahead, ours.flatten(1)], 1)
-
-    wanted = torch.cat([forward[outputs.known], gradient.flatten()])
+    equations = Equations(layer.module, weight, layer.inputs, outputs.known, outputs.slope)
+    wanted = equations.wanted(forward, gradient)
     found = fill(equations, wanted, layer.inputs)
-    misfit = (equations(found.view(1, *layer.inputs))[0] - wanted).norm() / wanted.norm()
-    found = torch.where(misfit > MISFIT, torch.nan, found)
-    shape = (1, *layer.inputs)
-    slope = conv2d_input(shape, weight, outputs.slope[None], stride, padding)  # type: ignore[no-untyped-call]
-    return found, slope[0]
+    found = torch.where(equations.misfit(found, wanted) > MISFIT, torch.nan, found)
+    slope = conv2d_input(  # type: ignore[no-untyped-call]
+        (1, *layer.inputs), weight, outputs.slope[None], layer.module.stride, layer.module.padding
+    )
+    return found.view(layer.inputs), slope[0]
 
 
 def _smooth(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
     """The solution that is least in the spectrum's units, about grey."""
-    spectrum = Spectrum(shape, wanted)
-    grey = torch.full((1, *shape), 0.5).to(wanted)
-    basis = spectrum.images(_basis(shape, wanted))
-    found = leastsquares.solve(equations(basis).T, wanted - equations(grey)[0])
-    return grey[0] + spectrum.images(found.view(shape))
+    spectrum, grey = Spectrum(shape, wanted), torch.full_like(wanted[0], 0.5).expand(shape.numel())
+    rest = wanted - equations.times(grey)
+    return grey + leastsquares.solve(equations, rest, spectrum.covariance(), spectrum.covariance(-1))
 
 
 def _rectified(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
     """The solution without negative entries: most are 0, which makes up for what equations are missing."""
-    return leastsquares.solve_nonnegative(equations(_basis(shape, wanted)).T, wanted).view(shape)
-
-
-def _basis(shape: torch.Size, like: Tensor) -> Tensor:
-    """Every unit vector as an input, ``(number, channel, height, width)``."""
-    return torch.eye(shape.numel()).to(like).view(-1, *shape)
+    return leastsquares.solve_nonnegative(equations, wanted)

@@ -1,6 +1,8 @@
-"""Dense linear least squares in float64, plain and without negative entries."""
+"""Linear least squares in float64, plain and without negative entries."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,30 +15,46 @@ PIVOTS, PATIENCE = 100, 3
 """Exchanges at most, and how many whole ones may fail to help before single ones are made."""
 
 
-def solve(matrix: Tensor, wanted: Tensor) -> Tensor:
-    """The solution of least norm of ``matrix @ x = wanted``, every equation in units of its own size.
+class Linear(Protocol):
+    """A linear map, whose rows have about the same size."""
 
-    NaN where there is none, as for equations of zeros.
+    def times(self, values: Tensor) -> Tensor:
+        """Of a vector of unknowns."""
+
+    def transposed(self, sides: Tensor) -> Tensor:
+        """The transpose of that."""
+
+    def gram(self) -> Tensor:
+        """The matrix of ``transposed(times(...))``."""
+
+
+def solve(linear: Linear, wanted: Tensor, covariance: Tensor, precision: Tensor) -> Tensor:
+    """The solution of ``linear.times(x) = wanted`` for which ``x @ precision @ x`` is least.
+
+    ``covariance`` is the inverse of ``precision``.  NaN where there is none, as for equations of zeros.
     """
-    matrix, wanted = _scaled(matrix, wanted)
-    return _solve(matrix, matrix.T @ matrix, wanted)
+    gram = linear.gram()
+    gram.add_(precision, alpha=DAMPING * float(torch.tensordot(gram, covariance)) / len(gram))
+    everything = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    return _refined(linear, gram, wanted, everything)
 
 
-def solve_nonnegative(matrix: Tensor, wanted: Tensor) -> Tensor:
-    """The same without negative entries: those that the plain solution has become zeros.
+def solve_nonnegative(linear: Linear, wanted: Tensor) -> Tensor:
+    """The solution of least norm without negative entries: those that the plain one has become zeros.
 
     By block principal pivoting (Kim and Park 2011, "Fast nonnegative matrix factorization: an
     active-set-like method and comparisons", algorithm 2): a set of entries is free, the others are 0,
     and entries that violate the conditions of optimality change sides until there are none.
     """
-    matrix, wanted = _scaled(matrix, wanted)
-    gram, zeros = matrix.T @ matrix, torch.zeros_like(matrix[0])
-    least = TOLERANCE * (matrix.T @ wanted).abs().max()
-    free = torch.ones_like(zeros, dtype=torch.bool)
+    gram, pulls = linear.gram(), linear.transposed(wanted)
+    least = TOLERANCE * pulls.abs().max()
+    free = torch.ones_like(pulls, dtype=torch.bool)
     fewest, patience = len(free) + 1, PATIENCE
     for _ in range(PIVOTS):
-        found = zeros.masked_scatter(free, _solve(matrix[:, free], gram[free][:, free], wanted))
-        pull = matrix.T @ (wanted - matrix @ found)
+        damped = gram[free][:, free]
+        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+        found = _refined(linear, damped, wanted, free)
+        pull = linear.transposed(wanted - linear.times(found))
         wrong = torch.where(free, found < -TOLERANCE * found.abs().max(), pull > least)
         count = int(wrong.sum())
         if count == 0:
@@ -52,18 +70,15 @@ def _last(chosen: Tensor) -> Tensor:
     return last
 
 
-def _scaled(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    sizes = matrix.norm(dim=1).clamp_min(torch.finfo(matrix.dtype).tiny)
-    return matrix / sizes[:, None], wanted / sizes
-
-
-def _solve(matrix: Tensor, gram: Tensor, wanted: Tensor) -> Tensor:
-    damped = gram + torch.diag_embed(DAMPING * gram.diagonal().mean().expand(len(gram)))
+def _refined(linear: Linear, damped: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
+    """The solution whose entries are 0 but for those ``free``, of which ``damped`` is the Gram matrix."""
     factor, fault = torch.linalg.cholesky_ex(damped)
-    found = matrix.new_full(matrix.shape[1:], torch.nan if fault else 0)
+    found = torch.zeros_like(free, dtype=damped.dtype)
+    found[free] = torch.nan if fault else 0.0
     for _ in range(1 + REFINEMENTS):
-        rest = matrix.T @ (wanted - matrix @ found)
-        found += torch.cholesky_solve(rest[:, None], factor)[:, 0]
+        rest = linear.transposed(wanted - linear.times(found))[free, None]
+        half = torch.linalg.solve_triangular(factor, rest, upper=False)
+        found[free] += torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
     return found
 
 

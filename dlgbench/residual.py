@@ -172,9 +172,9 @@ def _size(node: fx.Node) -> torch.Size:
 def _rounding(values: Tensor, lowest: Tensor) -> Tensor:
     """The end of what is rounding: below the widest gap, as a ratio, among the values near ``lowest``."""
     ends = torch.cat([lowest[None], values[values > lowest].sort().values, lowest[None] + torch.inf])
-    gaps = ends[1:] / ends[:-1]
-    gaps[ends[:-1] > ROUNDING * lowest] = 0
-    return ends[gaps.argmax()]
+    steps = ends[:-1] / ends[1:]
+    steps[ends[:-1] > ROUNDING * lowest] = 1
+    return ends[steps.argmin()]
 
 
 def _sums(slopes: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ class Spectrum:
         planes = torch.einsum("kc,...chw->...khw", self.axes, images)
         return self.rows @ planes @ self.columns.T / self.amplitude
 
+    def covariance(self, power: int = 1) -> Tensor:
+        """Of the images of uncorrelated coefficients of variance 1, or a power; a matrix of all pixels."""
+        waves = torch.kron(self.rows, self.columns)
+        planes = waves.T @ (self.amplitude.flatten(1).square().pow(power)[:, :, None] * waves)
+        pairs = torch.einsum("kc,kd,kpq->cpdq", self.axes, self.axes, planes)
+        return pairs.flatten(2).flatten(0, 1)
+
 
 def _cosines(n: int) -> Tensor:
     """The orthonormal matrix of the discrete cosine transform II, frequencies × positions."""

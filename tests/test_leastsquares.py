@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,34 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
-from dlgbench.leastsquares import DAMPING, solve, solve_determined, solve_nonnegative
+from dlgbench import leastsquares
+from dlgbench.leastsquares import DAMPING, solve_determined
+
+
+class Dense(NamedTuple):
+    """A linear map that is written out."""
+
+    matrix: Tensor
+
+    def times(self, values: Tensor) -> Tensor:
+        return self.matrix @ values
+
+    def transposed(self, sides: Tensor) -> Tensor:
+        return self.matrix.T @ sides
+
+    def gram(self) -> Tensor:
+        return self.matrix.T @ self.matrix
+
+
+def solve(matrix: Tensor, wanted: Tensor, root: Tensor | None = None) -> Tensor:
+    """Least by the norm of what ``root`` makes the solution of."""
+    root = torch.eye(matrix.shape[1], dtype=matrix.dtype) if root is None else root
+    precision = torch.linalg.inv(root @ root.T)
+    return leastsquares.solve(Dense(matrix), wanted, root @ root.T, precision)
+
+
+def solve_nonnegative(matrix: Tensor, wanted: Tensor) -> Tensor:
+    return leastsquares.solve_nonnegative(Dense(matrix), wanted)
 
 
 def system(seed: int, equations: int, unknowns: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +59,20 @@ def test_plain_solutions_are_those_of_least_norm(seed: int, equations: int, unkn
     theirs, *_ = np.linalg.lstsq(matrix.numpy(), wanted.numpy(), rcond=None)
     # rounding, divided by the damping of what no equation determines
     np.testing.assert_allclose(solve(matrix, wanted), theirs, atol=2e-16 / DAMPING * unknowns)
+
+
+@given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 20))
+def test_what_is_least_can_be_chosen(seed: int, equations: int, unknowns: int) -> None:
+    """The solution of least norm in other coordinates."""
+    matrix, wanted, _ = system(seed, equations, unknowns)
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(unknowns, unknowns, generator=generator, dtype=torch.float64)
+    root += 4 * unknowns**0.5 * torch.eye(unknowns)
+    assume(np.linalg.cond((matrix @ root).numpy()) < 1e3)
+    theirs, *_ = np.linalg.lstsq((matrix @ root).numpy(), wanted.numpy(), rcond=None)
+    np.testing.assert_allclose(
+        solve(matrix, wanted, root), root.numpy() @ theirs, atol=2e-16 / DAMPING * unknowns
+    )
 
 
 @given(st.integers(0, 1000), st.integers(20, 40), st.integers(1, 20))

@@ -80,9 +80,9 @@ def test_what_is_no_gradient_is_given_up_at_the_first_layer(
     solved: list[int] = []
     real = leastsquares.solve
 
-    def solve(matrix: Tensor, wanted: Tensor) -> Tensor:
-        solved.append(matrix.shape[1])
-        return real(matrix, wanted)
+    def solve(linear: leastsquares.Linear, wanted: Tensor, *shape: Tensor) -> Tensor:
+        solved.append(len(wanted))
+        return real(linear, wanted, *shape)
 
     monkeypatch.setattr(leastsquares, "solve", solve)
     one = case(network="lenet_dlg", defense=defense, dtype="float32")

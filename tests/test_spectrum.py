@@ -33,6 +33,15 @@ def test_coefficients_and_images_are_inverses(height: int, width: int, channels:
     torch.testing.assert_close(spectrum.images(spectrum.coefficients(images)), images)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_covariance_is_that_of_images_with_unit_coefficients(channels: int) -> None:
+    spectrum, count = basis(channels, 5, 4), channels * 20
+    units = torch.eye(count, dtype=torch.float64).view(-1, channels, 5, 4)
+    images = spectrum.images(units).flatten(1)
+    torch.testing.assert_close(spectrum.covariance(), images.T @ images)
+    torch.testing.assert_close(spectrum.covariance(-1) @ spectrum.covariance(), units.flatten(1))
+
+
 def test_the_amplitude_falls_with_cycles_per_image() -> None:
     (amplitude,) = basis(1, 64, 64).amplitude
     assert float(amplitude[0, 0]) == float(amplitude[0, 2]) == 1  # a constant, and one cycle
