@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import exits, measure, provenance, scaling, trial
+from dlgbench import exits, measure, provenance, reconstructions, scaling, trial
 from dlgbench.compiler import Compiler
 from dlgbench.records import write
 from dlgbench.registry import NETWORKS
@@ -64,7 +64,7 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Row
     deep = [name for name, entry in NETWORKS.entries.items() if entry.facts["resolution"] > 32]
     return {
         "closures": lambda: measure.closures(["lenet_dlg", *deep], 7, compiler),
-        "reconstructions": lambda: measure.reconstructions(30, compiler),
+        "reconstructions": lambda: reconstructions.compare(30, 300, compiler),
         "shares": lambda: [
             measure.shares("lenet_dlg", 30, 30, compiler), measure.shares("resnet18", 1, 3, compiler)
         ],

@@ -88,13 +88,21 @@ class Guard(pl.Callback):
         self.deadline = time.monotonic() + seconds
         self.verdicts: list[Status | None] = [None] * cases
 
+    def late(self) -> bool:
+        """Whether their time is over."""
+        return time.monotonic() > self.deadline
+
+    def on_train_start(self, trainer: pl.Trainer, attack: pl.LightningModule) -> None:
+        assert isinstance(attack, Attack)
+        attack.late = self.late
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
         largest = attack.reconstructed(attack.dummy_images.detach()).flatten(1).abs().amax(1)
         sound = (attack.trace[-1].isfinite() & (largest < BLOW_UP)).cpu()  # where it is NaN: not sound
-        late = time.monotonic() > self.deadline
+        late = self.late()
         for row in attack.active.nonzero().squeeze(1).tolist():
             self.verdicts[row] = ("timeout" if late else None) if sound[row] else "diverged"
             attack.active[row] = self.verdicts[row] is None

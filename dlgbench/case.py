@@ -86,12 +86,22 @@ class Case:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _revision(self) -> list[int]:
+        found = self._number("revision")
+        return [] if found is None else [found]
+
+    @property
+    def ahead(self) -> int:
+        """In how many closures' time the attack is ready for its first step, at most."""
+        return self._number("ahead") or 0
+
+    def _number(self, fact: str) -> int | None:
+        """What the attack says of this case: a number, or one for each of some fields' values."""
         attack = ATTACKS.entries.get(self.attack.name)  # records of other versions may name others
-        found = attack.facts.get("revision") if attack else None
+        found: int | dict[str, int] | None = attack.facts.get(fact) if attack else None
         if isinstance(found, dict):
             told = (number for where, number in found.items() if self._holds(where))
-            found = next(told, found.get("default"))
-        return [] if found is None else [found]
+            return next(told, found.get("default"))
+        return found
 
     def _holds(self, where: str) -> bool:
         path, equals, value = where.partition("=")

@@ -88,7 +88,8 @@ def most_seconds(case: Case) -> float:
     if case.trains:
         return float(case.steps) * float(facts["closure_seconds"])
     size = case.batch * case.resolution**2 / (facts["batch"] * facts["resolution"] ** 2)
-    return float(case.starts * case.steps * LARGEST_STEP * facts["closure_seconds"] * max(size, 0.5))
+    closures = case.starts * (case.ahead + case.steps * LARGEST_STEP)
+    return float(closures * facts["closure_seconds"] * max(size, 0.5))
 
 
 def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:

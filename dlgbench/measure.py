@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlgbench import processes, provenance, trial
+from dlgbench import provenance, trial
 from dlgbench.attacks.base import Attack
 from dlgbench.benchmarks.textbook import Textbook, model
 from dlgbench.callbacks import Guard, Judge, Progress
@@ -142,49 +141,6 @@ def _peak(function: Callable[[], object]) -> float:
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
-
-
-def reconstructions(trials: int, compiler: Compiler) -> Table:
-    """Whole reconstructions of ``lenet_dlg`` at the study's protocol: how many recovered, at what cost.
-
-    Both loops meet the same cases.  Ours uses a process per core, the textbook's torch's default threads.
-    """
-    cases = [case("lenet_dlg", image=i % 5, seed=i // 5) for i in range(trials)]
-    photos, setup = DATASETS.make(cases[0].dataset, None), trial.Setup("cpu", compiler=compiler)
-    ours = partial(processes.run, dataset=photos, setup=setup, show=lambda *progress: None, waiting=trials)
-    ours([replace(one, steps=1) for one in cases])  # compiles
-    started = time.perf_counter()
-    found = [record for record, _ in ours(cases)]
-    spent = time.perf_counter() - started, sum(record.cost["cpu_seconds"] for record in found)
-    rows = [_row("dlgbench", [r.images[0]["mse"] for r in found], sum(r.closures for r in found), *spent)]
-    books = [textbook(one) for one in cases]
-    started, worked = time.perf_counter(), time.process_time()
-    for book in books:
-        for _ in range(cases[0].steps):
-            book.step()
-    spent = time.perf_counter() - started, time.process_time() - worked
-    errors = [_error(book, one) for book, one in zip(books, cases, strict=True)]
-    rows.append(_row("textbook", errors, sum(book.closures for book in books), *spent))
-    for row in rows:
-        row["ratio"] = row["recovered per CPU-s"] / max(rows[1]["recovered per CPU-s"], 1e-12)
-    return rows
-
-
-def _error(book: Textbook, one: Case) -> float:
-    """The MSE of a textbook reconstruction; infinite where it is no number."""
-    secret = secret_of(one, DATASETS.make(one.dataset, None))
-    error = float((book.images.detach().clamp(0, 1) - secret.images[0]).square().mean())
-    return error if error == error else float("inf")
-
-
-def _row(who: str, errors: Sequence[float], calls: int, seconds: float, worked: float) -> Row:
-    """Recovered is here an MSE below 1e-4, which is 40 dB: exact."""
-    recovered = sum(error < 1e-4 for error in errors)
-    return {
-        "loop": who, "trials": len(errors), "recovered": recovered, "closures": calls, "seconds": seconds,
-        "trials an hour": 3600 * len(errors) / seconds, "CPU-s": worked,
-        "CPU-ms a closure": 1e3 * worked / calls, "recovered per CPU-s": recovered / worked,
-    }  # fmt: skip
 
 
 def shares(network: str, cases: int, steps: int, compiler: Compiler) -> Row:

@@ -58,7 +58,7 @@ def check(spec: Spec, shape: Shape, classes: int, protect: Protect) -> None:
 
 
 @NETWORKS.register(
-    "lenet5", resolution=32, preparation="fit", batch=1, channels=None, classes=10, closure_seconds=0.006
+    "lenet5", resolution=32, preparation="fit", batch=1, channels=None, classes=10, closure_seconds=0.003
 )
 def lenet5(
     shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "default"
@@ -76,7 +76,7 @@ def lenet5(
 
 
 @NETWORKS.register(
-    "lenet_dlg", resolution=32, preparation="fit", batch=1, channels=None, classes=100, closure_seconds=0.006
+    "lenet_dlg", resolution=32, preparation="fit", batch=1, channels=None, classes=100, closure_seconds=0.003
 )
 def lenet_dlg(
     shape: Shape, classes: int, *, activation: Activation = "sigmoid", init: str = "uniform:0.5"

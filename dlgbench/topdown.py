@@ -67,7 +67,8 @@ class Descent:
     """The way down a network whose kinks are softened, on the leak of one case.
 
     The ``leak`` holds every buffer, masks included; ``labels`` are probabilities, ``(image, class)``.
-    The gradients of the weights that ``counted`` names are matched.  ``tell`` hears every objective.
+    The gradients of the weights that ``counted`` names are matched.  ``tell`` hears every objective, and
+    once it is ``late`` no more is sought.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class Descent:
         labels: Tensor,
         counted: Iterable[str],
         tell: Callable[[float], None] = lambda objective: None,
+        late: Callable[[], bool] = lambda: False,
     ) -> None:
         assert isinstance(network.body, fx.GraphModule)
-        self.network, self.body, self.labels, self.tell = network, network.body, labels, tell
+        self.network, self.body, self.labels = network, network.body, labels
+        self.tell, self.late = tell, late
         self.state = {name.removeprefix("body."): t for name, t in (leak.weights | leak.buffers).items()}
         self.wanted = {name.removeprefix("body."): leak.gradients[name] for name in counted}
         self.forks = forks(network)
@@ -126,6 +129,8 @@ class Descent:
     def _find(self, index: int, space: Transform, unknown: Tensor) -> Tensor:
         """The unknowns of fork ``index``, or of the image, which is below the last."""
         for blocks, iterations in ((1, ALONE), (BLOCKS, TOGETHER)):
+            if self.late():
+                break
             unknown = minimise(self._objective(index, space, blocks), unknown, iterations, self.tell)
         return unknown
 

@@ -105,6 +105,15 @@ def test_a_diverging_trial_stops_early_and_says_so() -> None:
     assert record.convergence_step is None
 
 
+@pytest.mark.parametrize(("seconds", "late"), [(-1.0, True), (float("inf"), False)])
+def test_an_attack_can_ask_whether_its_time_is_over(seconds: float, late: bool) -> None:
+    one = case(image=0, seed=0, steps=1)
+    attack = trial.attack_on([one], network_of(one))
+    assert not attack.late()
+    Guard(1, seconds).on_train_start(trial.trainer_on("cpu", []), attack)
+    assert attack.late() is late
+
+
 def test_a_trial_out_of_time_is_a_timeout() -> None:
     record = run(case(image=1, seed=1, steps=300), timeout=0.0)
     assert record.status == "timeout"

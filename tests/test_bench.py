@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dlgbench import bench, cli, exits, measure
+from dlgbench import bench, cli, exits, measure, reconstructions
 from dlgbench.compiler import Compiler
 
 
@@ -67,6 +67,14 @@ def test_functions_are_timed_in_turn() -> None:
     seconds = measure.alternating([lambda: calls.append("a"), lambda: calls.append("b")], 2)
     assert calls == ["a", "b"] * 3
     assert [len(found) for found in seconds] == [2, 2]
+
+
+def test_what_is_recovered_is_counted() -> None:
+    """Two steps are too few for either loop; the strongest attack needs none."""
+    ours, solved, theirs = reconstructions.compare(2, 2, Compiler("off"))
+    assert [row["recovered"] for row in (ours, solved, theirs)] == [0, 2, 0]
+    assert ours["closures"] == theirs["closures"]
+    assert all(row["trials"] == 2 and row["CPU-s"] > 0 for row in (ours, solved, theirs))
 
 
 def test_the_rate_of_matrix_products_bounds_that_of_the_closure() -> None:

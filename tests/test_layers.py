@@ -46,7 +46,7 @@ FLOORS: Sequence[set[str]] = (
     {"grid", "executors"},
     {"runner", "views"},
     {"measure"},
-    {"scaling"},
+    {"reconstructions", "scaling"},
     {"session", "bench", "recommend"},
     {"cli"},
     {"__main__"},

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from dlgbench import grid
 from dlgbench.plan import load
+from tests.clients import case
 
 TEXT = """
 [[grid]]
@@ -35,3 +40,20 @@ def test_every_grid_has_its_own_profiles_or_those_of_all(tmp_path: Path) -> None
 def test_no_images_leave_a_network_out_of_one_profile_only(tmp_path: Path) -> None:
     networks = [row[0] for row in points(TEXT, tmp_path, "standard")]
     assert networks == ["lenet5", "resnet18:activation=relu", "lenet5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ahead"),
+    [
+        ({"attack": "dlg"}, 0),
+        ({"attack": "adaptive"}, 500),
+        ({"attack": "spectral"}, 500),
+        ({"attack": "spectral", "network": "lenet_dlg:activation=relu"}, 2000),
+        ({"attack": "spectral", "network": "resnet18"}, 0),
+        ({"attack": "spectral", "network": "resnet18:batchnorm=eval"}, 500),
+        ({"attack": "spectral", "network": "inception_v3"}, 1000),
+    ],
+)
+def test_the_estimate_counts_what_comes_before_the_first_step(changes: Any, ahead: int) -> None:
+    first, second = (grid.most_seconds(case(**changes, steps=steps)) for steps in (1, 2))
+    assert first / (second - first) == pytest.approx((ahead + grid.LARGEST_STEP) / grid.LARGEST_STEP)

@@ -150,6 +150,17 @@ def test_blocks_and_images_are_found_from_the_head_down() -> None:
     assert correlation(found, photos()) > 0.8  # measured: 0.91 to 0.98, and 0.44 as a whole
 
 
+def test_no_more_is_sought_once_it_is_late() -> None:
+    client, start = network(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    told: list[float] = []
+    counted = [name for name, gradient in leaked(client).gradients.items() if gradient.dim() > 1]
+    way = Descent(softened(client), leaked(client), labels(), counted, told.append, lambda: len(told) > 0)
+    found = way.images(start, lambda dummies: dummies, torch.Generator())
+    assert found is not None
+    assert torch.equal(found, start)
+    assert ALONE <= len(told) < 2 * ALONE  # the first block, alone
+
+
 def test_what_is_normed_is_sought_as_the_norm_leaves_it() -> None:
     client = network()
     way = descent(softened(client), leaked(client))

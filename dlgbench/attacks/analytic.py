@@ -16,6 +16,7 @@ from dlgbench.registry import ATTACKS
     labels="recovered first, by counts",
     priors="smooth and pale where equations are missing",
     steps=1,
+    ahead={"default": 0, "network=lenet_dlg": 500, "network.batchnorm=eval": 500},
     revision={"default": 2, "network.batchnorm=eval": 4},
 )
 class Analytic(LabelsFirst):

@@ -93,7 +93,9 @@ class Attack(pl.LightningModule, ABC):
         self.trace: list[Tensor] = []
         self.closures = torch.zeros(len(starts), dtype=torch.long)
         self.told: Tensors = {}  # of the clients' draws what was inferred, ``(case, …)``, NaN where nothing
-        self.tell: Callable[[float], None] = lambda objective: None  # what is sought before the first step
+        # what is sought before the first step tells its objective, and asks whether it is too late
+        self.tell: Callable[[float], None] = lambda objective: None
+        self.late: Callable[[], bool] = lambda: False
         self._at_new_iterate = True
         self._gathered: tuple[list[int], Leak] | None = None
 

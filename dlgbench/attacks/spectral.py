@@ -37,6 +37,15 @@ CLIPPED = 0.02
     "spectral",
     labels="recovered first, by counts",
     priors="smooth and pale where the gradient leaves it open, range of pixels",
+    ahead={
+        "default": 500,
+        "network=inception_v3": 1000,
+        "network.batchnorm=train": 0,
+        "network.batchnorm=shared": 0,
+        "network.batchnorm=eval": 500,
+        "network.activation=relu": 2000,
+        "network=lenet5": 2000,
+    },
     revision={
         "default": 4,
         "network=inception_v3": 8,
@@ -117,7 +126,7 @@ class Spectral(LabelsFirst):
         """Put into ``found`` what block after block is found of every case, from the head down."""
         for row, generator in enumerate(self.generators):
             seen, labels = self.seen(leak, [row]).row(0), self.dummy_labels[row].softmax(-1)
-            descent = topdown.Descent(self.soft, seen, labels, self.counted(seen), self.tell)
+            descent = topdown.Descent(self.soft, seen, labels, self.counted(seen), self.tell, self.late)
             images = descent.images(found[row], lambda dummies: self.pixels(dummies[None])[0], generator)
             found[row] = found[row] if images is None else images
 
