@@ -130,7 +130,7 @@ class Descent:
         (before,) = node.all_input_nodes
         norm = next(n for n in (before, *before.all_input_nodes) if self._norm(n))
         values, slopes = self.values[node], self.slopes[node]
-        lowest = (-values).amax()  # no value is negative
+        lowest = (-values).amax().clamp_min(0)  # no value is negative
         alive = values > _rounding(values, lowest)
         missing = self._gradient(norm, "bias")[:, None, None] - _sums(slopes * alive)
         left = (missing - torch.where(alive, -slopes, slopes)).abs()
