@@ -63,7 +63,8 @@ def test_the_smallest_living_units_are_told_from_rounding() -> None:
     one = case(network=RELU, image=3, resolution=224, preparation="crop", classes=1000, dtype="float32")
     layers, truth = told(one), computed(one)
     assert set(layers) == {f"relu_{i}" for i in range(5, 16)}  # below, too many positions for the equations
-    assert all(torch.equal(layers[name] > 0, truth[name] > 0) for name in layers)
+    errors = {name: float((layers[name] - truth[name]).norm() / truth[name].norm()) for name in layers}
+    assert max(errors.values()) < 1e-4, errors  # where one is wrong, 1e-3 in the layer below
 
 
 @pytest.mark.parametrize("images", [2, 3])
