@@ -9,7 +9,8 @@ import pytest
 
 from dlgbench import grid
 from dlgbench.plan import load
-from tests.clients import case
+
+from .clients import case
 
 TEXT = """
 [[grid]]
