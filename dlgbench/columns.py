@@ -91,7 +91,7 @@ COLUMNS = (
            lambda row: _number(row.pearson_quarter, ".2f")),
     Column("PSNR ax+b", "dB after the best affine map of pixel values, median", 5,
            lambda row: _number(row.psnr_affine, ".1f")),
-    Column("labels", "share of the private labels that were found, of whichever image of the batch", 1,
+    Column("labels", "share of the private labels that were found, of whichever image of the batch", 0,
            lambda row: _number(row.label_accuracy, ".0%")),
     Column("conv.", "median step from which the MSE stays within twice its last value, if not failed", 4,
            lambda row: _number(row.convergence_step, ".0f")),

@@ -176,7 +176,7 @@ def test_a_narrow_terminal_loses_the_least_important_columns(width: int) -> None
     whole = columns(leaderboard.rows([record(case(), 50, "exact")]))
     shown = fitting(whole, width)
     titles = [column.title for column in shown.columns]
-    assert {"network", "recovered", "PSNR"} <= set(titles)
+    assert {"network", "recovered", "PSNR", "labels"} <= set(titles)
     widths = [
         max(len(cell) for cell in [title, *texts]) for title, *texts in zip(titles, *shown.lines, strict=True)
     ]
