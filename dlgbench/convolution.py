@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dlgbench import winograd
-from dlgbench.bilinear import linear, product
+from dlgbench.bilinear import kept, linear, product
 from dlgbench.window import Window
 
 VECTOR = 32
@@ -68,14 +68,14 @@ def _winograd(features: Tensor, weight: Tensor, window: Window) -> Tensor:
 
 
 def _channels_last(features: Tensor, weight: Tensor, window: Window) -> Tensor:
-    rows = linear(features.permute(0, 2, 3, 1), partial(_rows, window), partial(_of_rows, window))
-    output = product(rows, weight.permute(0, 2, 3, 1).flatten(1), "abT")
+    rows = partial(_rows, window), partial(_of_rows, window)
+    output = product(features.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1), rows)
     return output.view(-1, *window.places, len(weight)).permute(0, 3, 1, 2)
 
 
 def _channels_first(features: Tensor, weight: Tensor, window: Window) -> Tensor:
     columns = linear(features, partial(_columns, window), partial(_of_columns, window))
-    output = product(weight.flatten(1), columns, "ab")
+    output = product(columns, weight.flatten(1), wanted="p")
     return output.view(-1, len(features), *window.places).transpose(0, 1)
 
 
@@ -89,7 +89,7 @@ def _rows(window: Window, images: Tensor) -> Tensor:
 
 def _of_rows(window: Window, rows: Tensor) -> Tensor:
     seen = rows.reshape(-1, *window.places, *window.kernel, rows.shape[1] // math.prod(window.kernel))
-    return window.sums([row.unbind(3) for row in seen.unbind(3)])
+    return kept(window.sums([row.unbind(3) for row in seen.unbind(3)]))
 
 
 def _columns(window: Window, images: Tensor) -> Tensor:

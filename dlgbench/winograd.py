@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dlgbench.bilinear import linear, product
+from dlgbench.bilinear import kept, linear, product
 from dlgbench.window import Grid, Window
 
 Combine = Callable[..., Sequence[Tensor]]
@@ -29,8 +29,7 @@ def convolution(images: Tensor, kernels: Tensor, window: Window) -> Tensor:
     tile = window._replace(kernel=(4, 4), stride=2, places=(high, wide))
     square = Window((2, 2), 2, (0, 0), window.places, tile.places)
     tiles = linear(images, partial(_tiles, tile), partial(_of_tiles, tile))
-    mapped = linear(kernels, _kernels, _of_kernels)
-    products = product(tiles, mapped, "abT")
+    products = product(tiles, linear(kernels, _kernels, _of_kernels))
     return linear(products, partial(_outputs, square), partial(_of_outputs, square))
 
 
@@ -43,7 +42,7 @@ def _tiles(window: Window, images: Tensor) -> Tensor:
 
 
 def _of_tiles(window: Window, mapped: Tensor) -> Tensor:
-    return window.sums(_both(_b, _grid(mapped, window)))
+    return kept(window.sums(_both(_b, _grid(mapped, window))))
 
 
 def _outputs(window: Window, products: Tensor) -> Tensor:

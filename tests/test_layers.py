@@ -17,7 +17,6 @@ FLOORS: Sequence[set[str]] = (
         "images",
         "provenance",
         "linesearch",
-        "batchnorm",
         "bilinear",
         "window",
         "stochastic",
@@ -27,7 +26,7 @@ FLOORS: Sequence[set[str]] = (
         "adam",
         "doctor",
     },
-    {"winograd"},
+    {"batchnorm", "winograd"},
     {"convolution", "prepare", "datasets", "metrics", "optim"},
     {"defenses.base", "equations"},  # some change the network
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
