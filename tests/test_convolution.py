@@ -122,6 +122,23 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+def test_what_its_windows_see_is_not_kept_for_the_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine numbers for every one of the features: a large part of what a closure's memory would be."""
+    monkeypatch.setattr("dlgbench.convolution.get_proxy_mode", object)  # as if it were traced
+    ours, x = layer(16, 3, 1, 1, 32), images(1, 16, 8, 8).requires_grad_()
+    sizes: list[int] = []
+
+    def note(saved: Tensor) -> Tensor:
+        sizes.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        output = ours(x)
+        torch.autograd.grad(output.square().sum(), (x, ours.weight), create_graph=True)
+    assert sizes
+    assert max(sizes) == max(x.numel(), output.numel(), ours.weight.numel())
+
+
 @pytest.mark.parametrize(("stride", "vector"), [(2, 32), (2, 1), (1, 1)])
 def test_rows_under_vmap_are_the_rows_alone(
     stride: int, vector: int, monkeypatch: pytest.MonkeyPatch
