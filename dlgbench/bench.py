@@ -24,7 +24,8 @@ WIDEST = 7
 """Columns of a table on a terminal."""
 Rows = Sequence[Mapping[str, Any]]
 SECTIONS = {
-    "closures": "One closure, per case: the gradient's distance and its gradient in image and label",
+    "closures": "One closure, per case: the gradient's distance and its gradient in image and label; memory: "
+    "our resident peak by the textbook's, ± 0.1 with what the allocator was left with",
     "reconstructions": "Whole reconstructions of lenet_dlg, recovered: MSE < 1e-4; CPU-s after starting",
     "shares": "Where a run's time goes, as shares",
     "widths": "A LeNet closure against the number of cases evaluated together",
