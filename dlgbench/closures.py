@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dlgbench import regions
 from dlgbench.leak import Leak
 
 Objective = Callable[[Tensor, Tensor, Leak], Tensor]
@@ -47,7 +48,7 @@ class Closure:
     def __init__(self, objective: Objective, width: int = 1, eager_width: int | None = None) -> None:
         self.width, self.eager_width = width, eager_width or width
         self._objective = objective
-        self._compiled: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+        self._compiled: regions.Regions | None = None
         self._split: tuple[Leak, list[Any]] | None = None
 
     @property
@@ -98,9 +99,7 @@ class Closure:
     def compile(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
         """Compile for ``width`` cases such as these into the file ``path``; raises whatever goes wrong."""
         flat = self._flat(images, labels, leak)
-        exported = torch.export.export(self.trace(images, labels, leak), tuple(flat))
-        options = {"cpp.threads": self.threads}
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+        regions.save(self.trace(images, labels, leak), flat, path, self.threads)
 
     @torch.no_grad()
     def load(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
@@ -108,10 +107,9 @@ class Closure:
 
         It is asked twice: code that reads what nobody has written answers differently.
         """
-        compiled = torch._inductor.aoti_load_package(str(path)).loader.boxed_run  # its own call reads the
-        flat = self._flat(images, labels, leak)  # signature anew each time, a sixth of a LeNet's
+        compiled, flat = regions.Regions(path), self._flat(images, labels, leak)
         truth = self._eager(images, labels, leak)
-        for ours in (compiled([*flat]), compiled([*flat])):
+        for ours in (compiled(flat), compiled(flat)):
             for value, true in zip(ours, truth, strict=True):
                 if not (value - true).norm() <= TOLERANCE * true.norm():
                     raise Miscompiled(f"{path.name}: its values are not those of the eager closure")
