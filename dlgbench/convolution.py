@@ -69,7 +69,7 @@ def _winograd(features: Tensor, weight: Tensor, window: Window) -> Tensor:
 
 def _channels_last(features: Tensor, weight: Tensor, window: Window) -> Tensor:
     rows = partial(_rows, window), partial(_of_rows, window)
-    output = product(features, weight.permute(0, 2, 3, 1).flatten(1), rows)
+    output = product(features.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1), rows)
     return output.view(-1, *window.places, len(weight)).permute(0, 3, 1, 2)
 
 
@@ -83,13 +83,13 @@ def _channels_first(features: Tensor, weight: Tensor, window: Window) -> Tensor:
 
 
 def _rows(window: Window, images: Tensor) -> Tensor:
-    """``(image, channel, height, width)`` → ``(image row column, kernel kernel channel)``"""
-    return window.views(images.permute(0, 2, 3, 1)).permute(2, 3, 4, 0, 1, 5).flatten(3).flatten(0, 2)
+    """``(image, height, width, channel)`` → ``(image row column, kernel kernel channel)``"""
+    return window.views(images).permute(2, 3, 4, 0, 1, 5).flatten(3).flatten(0, 2)
 
 
 def _of_rows(window: Window, rows: Tensor) -> Tensor:
     seen = rows.reshape(-1, *window.places, *window.kernel, rows.shape[1] // math.prod(window.kernel))
-    return kept(window.sums([row.unbind(3) for row in seen.unbind(3)])).permute(0, 3, 1, 2)
+    return kept(window.sums([row.unbind(3) for row in seen.unbind(3)]))
 
 
 def _columns(window: Window, images: Tensor) -> Tensor:
