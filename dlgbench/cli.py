@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), exits.BROKEN)
     except Stopped as stopped:
         return _complain(
-            "stopped; the finished trials are saved, and the same command goes on", 128 + stopped.number
+            "stopped; finished trials and compiled code are saved, and the same command goes on",
+            128 + stopped.number,
         )
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
