@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dlgbench import exits, measure, provenance, reconstructions, scaling, trial
+from dlgbench import exits, footprint, measure, provenance, reconstructions, scaling, trial
 from dlgbench.compiler import Compiler
 from dlgbench.records import write
 from dlgbench.registry import NETWORKS
@@ -64,7 +64,7 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Ite
             "closures": lambda: measure.closures(["lenet_dlg"], 20, compiler),
             "shares": lambda: [measure.shares("lenet_dlg", 16, 10, compiler)],
             "histories": lambda: scaling.histories([20, 100], 8, 3),
-            "memory": lambda: measure.memory(["lenet_dlg"], compiler),
+            "memory": lambda: footprint.memory(["lenet_dlg"], compiler),
         }
     deep = [name for name, entry in NETWORKS.entries.items() if entry.facts["resolution"] > 32]
     return {
@@ -76,7 +76,7 @@ def _measurements(short: bool, compiler: Compiler) -> dict[str, Callable[[], Ite
         "widths": lambda: scaling.widths([1, 2, 4, 8, 16, 32, 64, 128, 256], 5, compiler),
         "resolutions": lambda: scaling.resolutions("resnet18", [33, 64, 128, 224, 299], 5),
         "histories": lambda: scaling.histories([5, 10, 20, 50, 100], 8, 5),
-        "memory": lambda: measure.memory(["lenet_dlg", *deep], compiler),
+        "memory": lambda: footprint.memory(["lenet_dlg", *deep], compiler),
     }  # fmt: skip
 
 

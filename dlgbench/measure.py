@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlgbench import provenance, trial
+from dlgbench import trial
 from dlgbench.attacks.base import Attack
 from dlgbench.benchmarks.textbook import Textbook, model
 from dlgbench.callbacks import Guard, Judge, Progress
@@ -99,7 +99,7 @@ def closures(networks: Sequence[str], repeats: int, compiler: Compiler) -> Itera
 
 
 def _closure(network: str, repeats: int, compiler: Compiler) -> Row:
-    width, attack, example = _subject(network)
+    width, attack, example = subject(network)
     book = textbook(case(network))
     with FlopCounterMode(display=False) as counter:
         book.closure()
@@ -127,39 +127,12 @@ def _closure(network: str, repeats: int, compiler: Compiler) -> Row:
     }  # fmt: skip
 
 
-def memory(networks: Sequence[str], compiler: Compiler) -> Iterator[Row]:
-    """The most that one closure of every network holds at once: the textbook's against ours.
-
-    What a process keeps for later use when it is freed depends on all that it did before, and is a fifth of
-    what is to be measured: so it keeps nothing meanwhile.
-    """
-    with provenance.returning_memory():
-        yield from (_memory(network, compiler) for network in networks)
-
-
-def _memory(network: str, compiler: Compiler) -> Row:
-    width, attack, example = _subject(network)
-    compiler.prepare(attack.closure, trial.identity(case(network)), example, 0)
-    theirs = _peak(textbook(case(network)).closure) / 1e6
-    ours = _peak(partial(attack.closure, *example)) / width / 1e6
-    return {"network": network, "textbook MB": theirs, "ours MB": ours, "ratio": ours / theirs}
-
-
-def _subject(network: str) -> tuple[int, Attack, tuple[Tensor, Tensor, Leak]]:
+def subject(network: str) -> tuple[int, Attack, tuple[Tensor, Tensor, Leak]]:
     """As many of its cases as a call takes, under attack, and what their closure is called with."""
     one = case(network)
     width = width_for(one.batch * one.resolution**2, CPU)
     attack, leak = prepared([case(network, seed=seed) for seed in range(width)])
     return width, attack, attack.example(leak)
-
-
-def _peak(function: Callable[[], object]) -> float:
-    """Bytes that a call needs beside what is held already; 1 at least, NaN where nobody tells."""
-    function()
-    meter = provenance.Meter(CPU)
-    function()
-    peak = meter.stop()["peak_memory_bytes"]
-    return float("nan") if peak is None else max(1.0, float(peak))
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -6,8 +6,7 @@ import ctypes
 import math
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +14,6 @@ from typing import Any
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""As glibc's malloc.h numbers what mallopt(3) sets."""
-MMAP_MOST = 2**25
-"""Bytes up to which glibc raises that threshold by itself, and the other to twice as many."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), "/proc/self/status"
 PACKAGES = ("dlgbench", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy", "scikit-image")
 
@@ -44,22 +39,6 @@ def facts(device: torch.device) -> dict[str, Any]:
         "selection": "start and best iterate by gradient distance",
         "assignment": "one to one, least total MSE",
     }
-
-
-@contextmanager
-def returning_memory() -> Iterator[None]:
-    """Memory goes back to the system as soon as it is free: only with glibc, and slower."""
-    _set_thresholds(2**16, 2**16)
-    try:
-        yield
-    finally:
-        _set_thresholds(MMAP_MOST, 2 * MMAP_MOST)
-
-
-def _set_thresholds(mmap: int, trim: int) -> None:
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, mmap)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, trim)
 
 
 def device_name(device: torch.device, threads: int | None = None) -> str:

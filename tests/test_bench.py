@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlgbench import bench, cli, exits, measure, provenance, reconstructions
+from dlgbench import bench, cli, exits, footprint, measure, reconstructions
 from dlgbench.compiler import Compiler
 
 
@@ -62,20 +63,26 @@ def test_a_closure_takes_less_memory_than_the_textbooks(short: Path) -> None:
     assert row["ratio"] < 1
 
 
+def twelve_megabytes() -> None:
+    first = torch.zeros(2**21)
+    del first
+    second, third = torch.zeros(2**21), torch.zeros(2**20)
+    del second, third
+
+
+def peak_among_holes() -> float:
+    """Of a call, in a process that has freed every other of many tensors before."""
+    pieces = [torch.zeros(2**13) for _ in range(800)]
+    del pieces[::2]
+    return footprint.peak(twelve_megabytes)
+
+
 def test_memory_is_what_is_allocated_at_once_whatever_was_freed_before() -> None:
-    """Eight and four megabytes together, and not the hundred that the allocator would have kept."""
-
-    def call() -> None:
-        first = torch.zeros(2**21)
-        del first
-        second, third = torch.zeros(2**21), torch.zeros(2**20)
-        del second, third
-
-    with provenance.returning_memory():
-        for _ in range(3):
-            pieces = [torch.zeros(2**15) for _ in range(800)]
-            del pieces[::2]
-            assert measure._peak(call) == pytest.approx(12 * 2**20, rel=0.05)
+    """Eight and four megabytes together; and the process that measures is one of its own."""
+    before = dict(os.environ)
+    assert footprint.alone(peak_among_holes) == pytest.approx(12 * 2**20, rel=0.05)
+    assert footprint.alone(os.getpid) != os.getpid()
+    assert dict(os.environ) == before
 
 
 def test_the_table_says_where_it_comes_from(short: Path) -> None:
