@@ -45,7 +45,7 @@ FLOORS: Sequence[set[str]] = (
     {"grid", "executors"},
     {"runner", "views"},
     {"measure"},
-    {"reconstructions", "scaling"},
+    {"footprint", "reconstructions", "scaling"},
     {"session", "bench", "recommend"},
     {"cli"},
     {"__main__"},
