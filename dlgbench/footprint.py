@@ -51,14 +51,10 @@ def _memory(network: str, mode: Mode) -> Row:
     Compiler(mode).prepare(attack.closure, trial.identity(case), example, 0)
     theirs = peak(measure.textbook(case).closure) / 1e6
     ours = peak(partial(attack.closure, *example)) / width / 1e6
-    kind = attack.closure.facts["closure"]
     return {
-        "network": network,
-        "textbook MB": theirs,
-        "ours MB": ours,
-        "ratio": ours / theirs,
-        "closure": kind,
-    }
+        "network": network, "textbook MB": theirs, "ours MB": ours, "ratio": ours / theirs,
+        "closure": attack.closure.facts["closure"],
+    }  # fmt: skip
 
 
 def _start() -> None:
