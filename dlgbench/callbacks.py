@@ -121,8 +121,9 @@ class Screen(pl.Callback):
     ) -> None:
         assert isinstance(attack, Attack)
         if self.starts > 1 and batch_idx + 1 == self.after:
+            running = torch.where(attack.active, attack.trace[-1].cpu(), torch.inf)
             kept = torch.zeros_like(attack.active)
-            kept[lowest(attack.trace[-1], self.starts)] = True
+            kept[lowest(running, self.starts)] = True
             attack.active &= kept
 
 

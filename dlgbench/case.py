@@ -47,7 +47,7 @@ class Case:
     image: int
     seed: int
     data: str = ""
-    """A digest of the private images as decoded, so that other images are another case."""
+    """A digest of the private images as decoded, and of all else that is taken of files which may change."""
     epochs: int = 0
     """How many times the network has been trained on all other images of the dataset; 0 is untrained."""
     starts: int = 1

@@ -16,10 +16,10 @@ from types import FrameType
 from rich.console import Console
 
 from dlgbench import __version__, exits
+from dlgbench.doctor import LAUNCHER
 from dlgbench.errors import EnvironmentBroken, UsageError
+from dlgbench.plan import PROFILES
 from dlgbench.text import printable
-
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOBAL_RANK", "NODE_RANK")
 
 
 class Terminal(Console):
@@ -27,7 +27,7 @@ class Terminal(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Stopped(BaseException):
@@ -100,7 +100,7 @@ def _command(
 def _run_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("plans", nargs="+", metavar="PLAN", help="a plan's name, a TOML file, or 'all'")
-    add("--profile", choices=("quick", "standard", "paper"), default="quick", help="default: quick")
+    add("--profile", choices=PROFILES, default="quick", help="default: quick")
     add(
         "--only",
         action="append",
@@ -119,7 +119,7 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     for name in ("seeds", "images", "steps"):
         add(f"--{name}", type=_positive, metavar="N", help=f"number of {name}, instead of the profile's")
     add("--dtype", help="float32 or float64 (default: the plan's)")
-    add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    add("--accelerator", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add(
         "--devices",
         type=_positive,
@@ -294,7 +294,7 @@ def _quiet() -> None:
     """Before torch is imported: room for its kernels, and no launcher's variables."""
     # DenseNet-121's closure needs some 1000 convolutions; where they do not fit, they are made anew each time
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-    for name in [n for n in os.environ if n in LAUNCHER_VARIABLES or n.startswith("SLURM_")]:
+    for name in [n for n in os.environ if n in LAUNCHER or n.startswith("SLURM_")]:
         del os.environ[name]  # with them, the loggers of all but one process write nothing
 
 

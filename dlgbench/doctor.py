@@ -26,6 +26,7 @@ MENDS = {
     "python": "install Python 3.11 or newer", "dlgbench": CHECKOUT, "torch": PAIR, "torchvision": PAIR
 }  # fmt: skip
 DRIVER = "check CUDA_VISIBLE_DEVICES, the driver and the torch build: https://pytorch.org/get-started/locally"
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOBAL_RANK", "NODE_RANK")
 PATIENCE = 120.0  # seconds: a cold import from a network disk can take most of a minute
 MARK = "dlgbench-doctor "  # tells the child's findings from what an import prints
 
@@ -122,7 +123,7 @@ def _output(out: Path) -> Finding:
 
 def _launcher() -> Finding:
     names = {"SLURM_*" if name.startswith("SLURM_") else name for name in os.environ}
-    if stray := " ".join(sorted(names & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_*"})):
+    if stray := " ".join(sorted(names & {*LAUNCHER, "SLURM_*"})):
         return Finding("launcher", "warning", f"{stray} would silence loggers; dlgbench clears them itself")
     return Finding("launcher", "ok", "no stray variables of a distributed launcher")
 

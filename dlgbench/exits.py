@@ -2,7 +2,7 @@
 
 OK = 0
 FAILED = 1
-"""A trial broke (error, out of memory, timeout); the others are saved."""
+"""A trial broke (error, out of memory, timeout) and the others are saved, or no defence will do."""
 USAGE = 2
 OUT_OF_TIME = 3
 BROKEN = 4

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dlgbench import networks, victims
+from dlgbench import networks, utility, victims
 from dlgbench.case import Case
 from dlgbench.datasets import PREPARATIONS, Dataset
 from dlgbench.defenses import Defense
@@ -17,36 +18,47 @@ from dlgbench.images import digest
 from dlgbench.plan import Plan
 from dlgbench.records import Manifest
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
+from dlgbench.trial import most_closures
 
-LARGEST_STEP = 25
-"""Closures in one step of L-BFGS at most: torch stops at 1.25 times its 20 iterations."""
+MOST_EVALUATIONS = 1.25
+"""Closures in a step of L-BFGS at most, of its iterations: there torch stops."""
 
 
 class Data:
-    """The datasets of a run, each opened once, and digests of their images."""
+    """The datasets of a run, each opened once, and digests of what is taken of them."""
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
         self._open: dict[Spec, Dataset] = {}
-        self._digests: dict[tuple[Spec, int], str] = {}
+        self._images: dict[tuple[Spec, int], str] = {}
 
     def __call__(self, spec: Spec) -> Dataset:
         if spec not in self._open:
             self._open[spec] = DATASETS.make(spec, self.root)
         return self._open[spec]
 
-    def digest(self, spec: Spec, indices: range) -> str:
-        """A digest of these images; raises UsageError where one is missing or cannot be read."""
-        dataset = self(spec)
-        if indices.stop > len(dataset):
+    def digest(self, case: Case) -> str:
+        """A digest of all that the case takes of its dataset: the private images as decoded, and of files
+        of the user's, which may change, their classes and whatever else a network is trained on.
+
+        Raises UsageError where an image is missing or cannot be read.
+        """
+        dataset, private = self(case.dataset), victims.indices(case)
+        if private.stop > len(dataset):
             raise UsageError(
-                f"dataset {spec}: expected at least {indices.stop} images, got {len(dataset)}; "
+                f"dataset {case.dataset}: expected at least {private.stop} images, got {len(dataset)}; "
                 "ask for fewer images or a smaller batch"
             )
-        for index in indices:
-            if (spec, index) not in self._digests:
-                self._digests[spec, index] = digest(dataset.image(index))
-        return "-".join(self._digests[spec, index] for index in indices)
+        if "packaged" in DATASETS.entry(case.dataset.name).facts:
+            return "-".join(self._image(case.dataset, index) for index in private)
+        taken = range(len(dataset)) if case.epochs or case.trains else private
+        told = [(self._image(case.dataset, index), dataset.label(index)) for index in taken]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def _image(self, spec: Spec, index: int) -> str:
+        if (spec, index) not in self._images:
+            self._images[spec, index] = digest(self(spec).image(index))
+        return self._images[spec, index]
 
 
 def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Manifest:
@@ -54,10 +66,8 @@ def manifest(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: 
 
     Raises UsageError for whatever a user could have got wrong, before anything is computed.
     """
+    _check_names(only)
     cases = tuple(dict.fromkeys(_cases(plan, profile, only, data)))
-    if not cases:
-        wanted = ", ".join(f"{path}={'|'.join(values)}" for path, values in only.items())
-        raise UsageError(f"plan {plan.name!r}: expected at least one case with {wanted}, got none")
     for case in cases:
         why_not(case, data)  # factories check what names and types cannot tell
     return Manifest(plan.name, plan.title, profile, cases)
@@ -74,6 +84,10 @@ def why_not(case: Case, data: Data) -> str | None:
         return f"{case.dataset} has no classes to train for: epochs must be 0, and attack not none"
     if case.epochs and len(data(case.dataset)) <= case.batch:
         return f"{case.dataset} has no images but the private ones to train on: epochs must be 0"
+    if case.trains:
+        trained, tested = utility.sizes(len(data(case.dataset)))
+        if trained < case.batch or tested < 1:
+            return f"{case.dataset} has too few images for batches of {case.batch} and a fifth to test on"
     defense: Defense = DEFENSES.make(case.defense)
     if case.batch < defense.least:
         return f"{case.defense} needs a batch of {defense.least} images or more, got {case.batch}"
@@ -88,15 +102,22 @@ def most_seconds(case: Case) -> float:
     if case.trains:
         return float(case.steps) * float(facts["closure_seconds"])
     size = case.batch * case.resolution**2 / (facts["batch"] * facts["resolution"] ** 2)
-    closures = case.starts * (case.ahead + case.steps * LARGEST_STEP)
+    closures = case.starts * (case.ahead + MOST_EVALUATIONS * most_closures(case))
     return float(closures * facts["closure_seconds"] * max(size, 0.5))
 
 
-def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:
+def _check_names(only: Mapping[str, Sequence[str]]) -> None:
     for path, values in only.items():
-        if path in ROOMS:
-            for value in values:
-                ROOMS[path].spec(value)
+        room, _, option = path.partition(".")
+        if option and room in ROOMS:
+            known = {name for entry in ROOMS[room].entries.values() for name in entry.options}
+            if option not in known:
+                raise unknown(f"option of a {room}", option, known)
+        for value in values if path in ROOMS else ():
+            ROOMS[path].spec(value) if ":" in value else ROOMS[path].entry(value)
+
+
+def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:
     for row in plan.rows(profile):
         if _named(row, only):  # first, since --set may name options that other networks lack
             case = _resolve(plan, row, data)
@@ -117,7 +138,7 @@ def _matches(case: Case, path: str, values: Sequence[str]) -> bool:
     if path in ROOMS:
         spec = getattr(case, path)
         return any(text == spec.name or (":" in text and ROOMS[path].spec(text) == spec) for text in values)
-    return any(_same(value, text) for text in values)
+    return value is not None and any(_same(value, text) for text in values)
 
 
 def _same(value: object, text: str) -> bool:
@@ -148,7 +169,7 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
         steps=min(row["steps"], ATTACKS.entry(specs["attack"].name).facts.get("steps", row["steps"])),
         **{name: row[name] for name in ("dtype", "image", "seed")},
     )
-    return replace(case, data=data.digest(case.dataset, victims.indices(case)))
+    return replace(case, data=data.digest(case))
 
 
 def _spec(plan: Plan, kind: str, text: str) -> Spec:

@@ -48,6 +48,8 @@ class Row:
     exact: int = 0
     recovered: int = 0
     interval: tuple[float, float] = (0.0, 1.0)
+    partly: int = 0
+    """Trials of the outcome *partial*, which are not recovered."""
     psnr: float | None = None
     ssim: float | None = None
     mse: float | None = None
@@ -121,9 +123,10 @@ def _row(group: Sequence[Record], planned: int) -> Row:
     medians: dict[str, Any] = {metric: _median(ran, metric, worst) for metric, worst in WORST.items()}
     steps = [record.convergence_step for record in ran if record.convergence_step is not None]
     return Row(
-        **_described(case), trials=len(group), planned=planned,
+        **_described(case), trials=len(ran or group), planned=planned,
         recovered=recovered, interval=wilson(recovered, len(ran)),
         exact=sum(record.outcome == "exact" for record in whole),
+        partly=sum(record.outcome == "partial" for record in whole),
         **medians,
         label_accuracy=right / (case.batch * len(ran)) if ran else None,
         convergence_step=median(steps) if steps else None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 SMALLEST_MSE = 1e-16
 """Errors below this are rounding, also in float64; it bounds PSNR at 160 dB, so that no value is infinite."""
 SSIM_WINDOW, MS_SSIM_SMALLEST, MS_SSIM_UNPADDED = 11, 161, 176
+ALIKE = {"ssim": 0.5, "pearson_quarter": 0.7}
+"""From what on an image is recognisable, also of less than 20 dB; the second only from 128 px up."""
 RECOGNISABLE_AT_QUARTER = 128
 TIERS = ("failed", "partial", "recognisable", "exact")
+Row = Mapping[str, float]
+"""The metrics of one image by name."""
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -113,14 +118,20 @@ def baselines(truth: Tensor) -> dict[str, Tensor]:
     return {"grey": torch.full_like(truth, 0.5), "mean_colour": mean.expand_as(truth)}
 
 
-def tier(metrics: dict[str, float], trivial_psnr: float, side: int) -> str:
-    """The outcome of one image of ``side`` px, given the best trivial baseline's PSNR in dB."""
-    quarter = metrics["pearson_quarter"] if side >= RECOGNISABLE_AT_QUARTER else 0.0
+def tier(metrics: Row, trivial: Sequence[Row], side: int) -> str:
+    """The outcome of one image of ``side`` px, given the metrics of its trivial baselines.
+
+    A metric counts only where it beats theirs: of a photo of the sky a uniform colour has an SSIM of 0.8.
+    """
+    best = {name: max(row.get(name, -math.inf) for row in trivial) for name in metrics}
+    better = metrics["psnr"] >= best["psnr"] + 1
+    counted = ALIKE if side >= RECOGNISABLE_AT_QUARTER else ("ssim",)
+    alike = any(metrics[n] >= ALIKE[n] and metrics[n] > best[n] for n in counted if n in metrics)
     if metrics["psnr"] >= 40:
         return "exact"
-    if metrics["psnr"] >= 20 or metrics.get("ssim", 0.0) >= 0.5 or quarter >= 0.7:
+    if alike or (better and metrics["psnr"] >= 20):
         return "recognisable"
-    return "partial" if metrics["psnr"] >= trivial_psnr + 1 else "failed"
+    return "partial" if better else "failed"
 
 
 def convergence_step(mse: list[float | None]) -> int | None:

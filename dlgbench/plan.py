@@ -105,8 +105,9 @@ def find(name: str) -> Plan:
 
 def load(path: Path) -> Plan:
     """Read a plan; raises UsageError that names the file and what is wrong with it."""
+    text = ""
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"plan {path}: expected a readable TOML file, got {error.strerror}") from None
@@ -147,7 +148,7 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
     _check_keys("axis of [grid]", axes, AXES)
     for axis, values in axes.items():
         if not isinstance(values, list) or not values:
-            raise UsageError(f"expected every axis of [grid] to be a list of values, got {values!r}")
+            raise UsageError(f"{axis}: expected a list of values, as of every axis of [grid], got {values!r}")
         kind = type(AXES[axis])
         if wrong := [value for value in values if type(value) is not kind]:
             raise UsageError(f"{axis}: expected values of type {kind.__name__}, got {wrong[0]!r}")

@@ -38,8 +38,9 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
         return trial.run(cases, dataset, setup, show, waiting)
     mode = "off" if setup.compiler.broken else setup.compiler.mode
     theirs = replace(setup, compiler=Compiler(mode))
-    children = [_Child(cases[part::count], dataset, theirs, waiting) for part in range(count)]
+    children: list[_Child] = []
     try:
+        children.extend(_Child(cases[part::count], dataset, theirs, waiting) for part in range(count))
         parts = _gather([child.pipe for child in children], setup.compiler, show)
     finally:
         for child in children:
@@ -89,7 +90,7 @@ def _gather(pipes: Sequence[Connection], compiler: Compiler, show: Show) -> list
                 raise Crowded from error
             if isinstance(message, Crowded):
                 raise message
-            if isinstance(message, str):
+            if isinstance(message, str):  # also where one closure is wrong: each batch would make it anew
                 compiler.give_up(message)
             elif isinstance(message, tuple):
                 progress[pipe] = message

@@ -36,7 +36,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32,
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "threat_model": "honest-but-curious server, one update of a client or of those it is summed with",
-        "selection": "start and best iterate by gradient distance",
+        "selection": "start and best iterate by the objective",
         "assignment": "one to one, least total MSE",
     }
 

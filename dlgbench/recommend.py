@@ -90,9 +90,9 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
         return Verdict(row, False, f"was not attacked by one who knows it{_because(row)}")
     if row.partial or row.broken or lost is None:
         return Verdict(row, False, f"was not measured to the end{_because(row)}")
-    leak = _leak(strongest)
-    if strongest.interval[1] > most_recovered:
-        return Verdict(row, False, f"{leak}, more than {most_recovered:.0%}")
+    leak, doubtful = _leak(strongest), max(row.rates, key=lambda rate: rate.interval[1])
+    if doubtful.interval[1] > most_recovered:
+        return Verdict(row, False, f"{_leak(doubtful)}, more than {most_recovered:.0%}")
     cost = f"costs at most {max(lost, 0):.1%} of accuracy"
     if lost > most_lost:
         return Verdict(row, False, f"{leak}, but it {cost}, more than {most_lost:.1%}")
@@ -103,9 +103,8 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
 
 
 def _leak(rate: Rate) -> str:
-    return (
-        f"{rate.attack} recovered {rate.recovered} of {rate.trials}, which allows for {rate.interval[1]:.0%}"
-    )
+    told = f"{rate.recovered} of {rate.trials}" + (f" and {rate.partly} in part" if rate.partly else "")
+    return f"{rate.attack} recovered {told}, which allows for {rate.interval[1]:.0%}"
 
 
 def _repeated(row: Tradeoff, rows: Sequence[Tradeoff]) -> str:

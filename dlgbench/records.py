@@ -30,7 +30,8 @@ class Record:
     ``images`` and ``baselines`` hold one mapping of metrics per private image, ``outcome`` is that of
     the worst image of the batch, ``objective`` is re-evaluated at the returned iterate, ``relative``
     is the squared gradient distance there over the squared norm of the leaked gradient.  ``history``
-    has one entry per iterate, the start included.
+    has one entry per iterate, the start included: its metrics are of what was drawn, its objective is of
+    what an attack has made of that before its first step.
     """
 
     case: Case

@@ -81,7 +81,7 @@ def markdown(title: str, rows: Rows) -> str:
 
 
 def comma_separated(title: str, rows: Rows) -> str:
-    """RFC 4180 with one column per field of a row, full precision; complete rows only."""
+    """RFC 4180 with one column per field of a row, full precision but for intervals; complete rows only."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow(_fields(rows[0]) if rows else [])

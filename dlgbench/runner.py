@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -43,12 +43,14 @@ class Summary:
     out_of_time: bool = False
 
 
-def pending(cases: Sequence[Case], found: dict[str, Record], limits: Limits) -> list[Case]:
-    """The cases that a run has to compute."""
+def pending(cases: Sequence[Case], found: Mapping[str, Record], limits: Limits, data: Data) -> list[Case]:
+    """The cases that a run has to compute; of those that were skipped, the ones that no longer need be."""
 
     def settled(case: Case) -> bool:
         record = found.get(case.id)
-        return record is not None and not (limits.retry_failed and record.broken)
+        if record is None or (record.broken and limits.retry_failed):
+            return False
+        return record.status != "skipped" or record.reason == why_not(case, data)
 
     return [case for case in cases if limits.force or not settled(case)]
 
@@ -67,7 +69,7 @@ def run(
         waiting, most = group, len(group) if refused else processes.batch_size(group[0], device)
         while waiting and not summary.out_of_time:
             left = deadline - time.monotonic()
-            batch = pending(waiting[:most], store.load(waiting[:most])[0], limits)
+            batch = pending(waiting[:most], store.load(waiting[:most])[0], limits, data)
             bounded = replace(setup, timeout=min(setup.timeout, left))
             try:
                 ended = (

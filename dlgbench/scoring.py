@@ -25,8 +25,8 @@ def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | 
     trivial = {name: fidelity(p, watched.images) for name, p in baselines(watched.images).items()}
     labels = found.labels[row].argmax(-1)[order].tolist()
     for index, (image, label, truth) in enumerate(zip(images, labels, watched.labels.tolist(), strict=True)):
-        bar = max(rows[index]["psnr"] for rows in trivial.values())
-        image |= {"outcome": tier(image, bar, case.resolution), "label": truth, "label_found": label}
+        outcome = tier(image, [rows[index] for rows in trivial.values()], case.resolution)
+        image |= {"outcome": outcome, "label": truth, "label_found": label}
     outcome = min((str(image["outcome"]) for image in images), key=TIERS.index)
     relative = finite(float(found.relative[row]))
     iterates = len(watched.history["mse"])  # less than the attack's where this row stopped before others

@@ -20,6 +20,7 @@ from dlgbench.grid import Data, manifest, most_seconds, why_not
 from dlgbench.records import Manifest
 from dlgbench.runner import Limits, Summary
 from dlgbench.store import Store
+from dlgbench.text import printable
 from dlgbench.trial import Setup
 
 
@@ -39,10 +40,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
         one.save(store.plans)
     found, damaged = store.load(cases)
     for path, fault in damaged.items():
-        console.print(Text(f"{path}: damaged record, computed anew ({fault})", style="yellow"))
-    todo = runner.pending(cases, found, limits)
+        told = printable(f"{path}: damaged record, computed anew ({fault})")
+        console.print(Text(told, style="yellow"))
+    todo = runner.pending(cases, found, limits, data)
     watch = display(console, len(todo))
-    compiler = Compiler(options.compile, lambda text: console.print(Text(text, style="yellow")))
+    compiler = Compiler(options.compile, lambda text: console.print(Text(printable(text), style="yellow")))
     setup = Setup(options.accelerator, options.trial_timeout * 60, store.tensorboard, compiler)
     with watch.live():
         summary = runner.run(todo, store, data, setup, limits, watch)
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _manifests(options: argparse.Namespace, data: Data) -> list[Manifest]:
-    names = list(plan.shipped()) if options.plans == ["all"] else options.plans
+    names = [n for name in options.plans for n in (plan.shipped() if name == "all" else [name])]
     only: dict[str, list[str]] = {}
     for path, value in map(_assignment, options.only):
         only.setdefault(path, []).append(value)
@@ -62,7 +64,13 @@ def _manifests(options: argparse.Namespace, data: Data) -> list[Manifest]:
         for path, value in pins:
             chosen = chosen.pin(path, value)
         found.append(manifest(chosen, options.profile, only, data))
-    return found
+    if not any(one.cases for one in found):
+        wanted = "".join(f" with {path}={'|'.join(values)}" for path, values in only.items())
+        raise UsageError(
+            f"expected at least one case{wanted}, got none in the {options.profile} profile of "
+            f"{', '.join(one.plan for one in found)}; list the cases with --dry-run, and more of --profile"
+        )
+    return [one for one in found if one.cases]
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -95,7 +103,7 @@ def _dry_run(
     data: Data,
 ) -> int:
     found, _ = store.load(cases)
-    todo = set(runner.pending(cases, found, limits))
+    todo = set(runner.pending(cases, found, limits, data))
     rows = [
         (
             case,
@@ -115,7 +123,7 @@ def _dry_run(
         return exits.OK
     table = Table("id", "case", "steps", "state", "at most", box=None, header_style="bold", pad_edge=False)
     for case, state, reason, seconds in rows:
-        state = f"skipped: {reason}" if reason else state
+        state = printable(f"skipped: {reason}") if reason else state
         table.add_row(case.id, Text(label(case)), str(case.steps), Text(state), f"{seconds:.0f} s")
     console.print(table)
     console.print(

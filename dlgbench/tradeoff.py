@@ -30,6 +30,10 @@ class Rate:
     recovered: int
     trials: int
     interval: tuple[float, float]
+    partly: int
+    """Of the others, how many come nearer than a trivial baseline."""
+    psnr: float | None
+    """As `leaderboard.Row`'s."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Tradeoff:
     adaptive: Rate | None = None
     """Of the strongest that does."""
     psnr: float | None = None
-    """Of the stronger of the two, as `leaderboard.Row`'s; so are the labels."""
+    """Of the stronger of the two, as `leaderboard.Row`'s; so are the next two."""
+    pearson_quarter: float | None = None
     label_accuracy: float | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -82,9 +87,13 @@ class Tradeoff:
 
     @property
     def strongest(self) -> Rate | None:
-        """What the defence is scored by: the attack with the higher rate, if any ran."""
-        rates = [rate for rate in (self.naive, self.adaptive) if rate and rate.trials]
-        return max(rates, key=lambda rate: rate.recovered / rate.trials, default=None)
+        """What the defence is scored by: the attack that finds more, if any ran."""
+        return max(self.rates, key=_strength, default=None)
+
+    @property
+    def rates(self) -> list[Rate]:
+        """Those of the attacks that ran."""
+        return [rate for rate in (self.naive, self.adaptive) if rate and rate.trials]
 
 
 def table(manifest: Manifest, records: Mapping[str, Record]) -> list[Tradeoff]:
@@ -120,7 +129,8 @@ def _tradeoff(
     return Tradeoff(
         name=printable(NETWORKS.brief(case.network)), defense=printable(DEFENSES.brief(case.defense)),
         **leaderboard.input_of(case), naive=_rate(naive), adaptive=_rate(adaptive),
-        psnr=best.psnr if best else None, label_accuracy=best.label_accuracy if best else None,
+        psnr=best.psnr if best else None, pearson_quarter=best.pearson_quarter if best else None,
+        label_accuracy=best.label_accuracy if best else None,
         **_cost(costs, recorded(plain)),
         trials=len(ran) + len(costs), planned=len(cases) + len(training),
         broken=sum(record.broken for record in (*ran, *costs)), reason=next(iter(reasons), ""),
@@ -132,23 +142,25 @@ def _strongest(records: Sequence[Record]) -> Row | None:
     return max(ran, key=_strength, default=None)
 
 
-def _strength(row: Row) -> Key:
-    return row.recovered / row.trials, -math.inf if row.psnr is None else row.psnr
+def _strength(one: Row | Rate) -> Key:
+    psnr = -math.inf if one.psnr is None else one.psnr
+    return one.recovered / one.trials, one.partly / one.trials, psnr
 
 
 def _rate(row: Row | None) -> Rate | None:
-    return Rate(row.attack, row.recovered, row.trials, row.interval) if row else None
+    shared = ("attack", "recovered", "trials", "interval", "partly", "psnr")
+    return Rate(*(getattr(row, name) for name in shared)) if row else None
 
 
 def _cost(defended: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
     """The fields of a `Tradeoff` that tell what ``defended`` costs beside ``plain`` trainings."""
     ours, theirs = (
-        {record.case.seed: record.utility for record in some if record.utility and not record.broken}
+        {(r.case.image, r.case.seed): r.utility for r in some if r.utility and not r.broken}
         for some in (defended, plain)
     )
     if not ours:
         return {}
-    lost = [theirs[seed]["accuracy"] - ours[seed]["accuracy"] for seed in ours if seed in theirs]
+    lost = [theirs[pair]["accuracy"] - ours[pair]["accuracy"] for pair in ours if pair in theirs]
     seconds, without = (_middle(some.values(), "update_seconds") for some in (ours, theirs))
     one = next(iter(ours.values()))
     return {

@@ -208,7 +208,12 @@ def quieten() -> None:
 
 
 def trainer_on(accelerator: str, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A Trainer that runs one epoch, one step a batch, and adds nothing of its own."""
+    """A Trainer that runs one epoch, one step a batch, and adds nothing of its own.
+
+    ``auto`` is CUDA or the CPU: Lightning's own would also take devices that know no float64.
+    """
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     return pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=1, logger=False, callbacks=callbacks,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

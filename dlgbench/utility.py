@@ -59,9 +59,14 @@ def split(case: Case, images: Tensor, labels: Tensor) -> Split:
     """The images in an order of the case's seed, the last of them to test on."""
     generator = torch.Generator().manual_seed(stream(case, "split"))
     order = torch.randperm(len(images), generator=generator).to(images.device)
-    tested = round(TESTED * len(order))
-    train, test = order[:-tested], order[-tested:]
+    train, test = torch.split(order, list(sizes(len(order))))
     return Split(images[train], labels[train], images[test], labels[test])
+
+
+def sizes(images: int) -> tuple[int, int]:
+    """On how many of so many images is trained, and on how many tested."""
+    tested = round(TESTED * images)
+    return images - tested, tested
 
 
 def _record(case: Case, data: Split, tell: Callable[[int], bool]) -> Record:

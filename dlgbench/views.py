@@ -66,7 +66,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         yield f"baseline {name}", "; ".join(map(_pairs, images))
     for name, trace in record.history.items():
         yield f"{name} by step", f"{_short(trace[0])} … {_short(trace[-1])} in {len(trace) - 1} steps"
-    for name, value in (record.cost | record.provenance).items():
+    for name, value in (record.utility | record.cost | record.provenance).items():
         yield name, _pairs(value) if isinstance(value, dict) else _short(value)
 
 

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import Any
 
+import matplotlib as mpl
 import pytest
+from hypothesis import settings
 
 from dlgbench import trial
 from dlgbench.attacks.base import Attack
 from dlgbench.case import Case
 from dlgbench.prepare import Network
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # whatever the machine is doing
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +26,15 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was compiled before the tests, or by them, is none of theirs, or of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", mpl.get_cachedir())  # the list of the fonts takes long
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

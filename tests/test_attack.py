@@ -17,7 +17,7 @@ from dlgbench.attacks.dlg import DLG
 from dlgbench.attacks.spectral import Spectral
 from dlgbench.callbacks import Guard, Judge
 from dlgbench.case import Case, DType, stream
-from dlgbench.leak import Leak, gradients
+from dlgbench.leak import Leak, gradients, stack
 from dlgbench.prepare import Network, probe, replace_activation
 from dlgbench.records import Record
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
@@ -239,6 +239,17 @@ def test_the_strongest_attack_reads_masks_that_it_was_not_given(labels: list[int
     assert torch.equal(seen[0], mask) is told
     assert torch.equal(*seen) is told
     assert not math.isnan(float(seen[0].sum()))
+
+
+def test_a_call_that_is_filled_up_draws_what_its_own_cases_draw() -> None:
+    one = clients.case(network="lenet_dlg", defense="precode:units=16", image=0)
+    leak = stack([clients.leaked(one)] * 2)
+    drawn = []
+    for rows, wanted in (([0], None), ([0, 0], 1)):
+        attack = trial.attack_on([one, one], network_of(one))
+        drawn.append([attack.seen(leak, rows, wanted).buffers for _ in range(2)][-1])
+    for name, mask in drawn[0].items():
+        assert torch.equal(drawn[1][name], torch.cat([mask, mask]))
 
 
 @pytest.mark.parametrize("labels", [[0, 2], [2, 0], [1, 1]])

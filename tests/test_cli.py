@@ -17,8 +17,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dlgbench import cli, exits
+from dlgbench import cli, exits, records
+from dlgbench.records import Record
 from dlgbench.registry import DATASETS
+
+from .clients import case
 
 LENET = [
     "run",
@@ -129,6 +132,13 @@ def test_show_prints_one_record(finished: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["show", "zz", "--out", str(finished)]) == exits.USAGE
 
 
+def test_show_tells_what_a_training_came_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = case(dataset="digits", attack="none", channels=1, classes=10)
+    records.save(Record(case=one, status="done", utility={"accuracy": 0.925}), tmp_path / "records")
+    assert cli.main(["show", one.id, "--out", str(tmp_path)]) == exits.OK
+    assert "0.925" in capsys.readouterr().out
+
+
 def test_dry_run_tells_cached_from_missing_and_writes_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,7 +229,12 @@ WRONG = {
     "unknown dataset": (["run", "all", "--set", "dataset=photo"], "did you mean 'photos'?"),
     "unknown field": (["run", "all", "--only", "netwrok=lenet5"], "did you mean 'network'?"),
     "no field": (["run", "all", "--only", "lenet5"], "expected FIELD=VALUE"),
-    "no such case": (["run", "all", "--only", "seed=99"], "expected at least one case"),
+    "no such case": (["run", "all", "--only", "seed=99"], "expected at least one case with seed=99"),
+    "no images": (["run", "all", "--set", "images=0"], "expected at least one case, got none"),
+    "no such option": (
+        ["run", "all", "--only", "network.activaton=relu"],
+        "did you mean 'activation'?",
+    ),
     "bad dtype": (["run", "all", "--dtype", "float16"], "expected one of float32, float64"),
     "bad number": (["run", "all", "--set", "batch=two"], "expected a whole number"),
     "bad range": (
@@ -263,7 +278,7 @@ def test_bad_requests_end_with_code_2_before_anything_is_written(
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("[grid]\nnetwork = [", "line 2"),
-    ("[grid]\nnetwork = 'lenet5'", "expected every axis of [grid] to be a list"),
+    ("[grid]\nnetwork = 'lenet5'", "network: expected a list of values"),
     ("[grid]\nnetworks = ['lenet5']", "network = [...]"),
     ("[grid]\nnetwork = ['lenet6']", "did you mean 'lenet5'?"),
     ("[[grid]]\nnetwork = ['lenet5']\n[[grid]]\nbatch = [2]", "network = [...]"),
@@ -278,6 +293,35 @@ def test_a_malformed_plan_names_its_fault(
     (tmp_path / "mine.toml").write_text(text)
     assert cli.main(["run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == exits.USAGE
     assert expected in capsys.readouterr().err
+
+
+def test_a_plan_that_is_no_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_bytes('title = "Café"\n[grid]\nnetwork = ["lenet5"]\n'.encode("latin-1"))
+    assert cli.main(["run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == exits.USAGE
+    assert "expected TOML, got 'utf-8' codec can't decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [("network=resnet18", 1), ("dataset=folder", 2), ("network.width=3", 0), ("network.activation=none", 0)],
+)
+def test_of_several_plans_those_are_run_that_have_such_cases(
+    only: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = DATASETS.make(DATASETS.spec("photos"), None).image(1)
+    (tmp_path / "photos").mkdir()
+    photo.save(tmp_path / "photos" / "mine.png")
+    for network, dataset in (
+        ("lenet5", f"folder:{tmp_path}/photos"),
+        ("resnet18", f"folder:{tmp_path}/photos"),
+    ):
+        text = f'[grid]\nnetwork = ["{network}"]\ndataset = ["{dataset}"]\n'
+        (tmp_path / f"{network}.toml").write_text(text)
+    plans = [str(tmp_path / f"{name}.toml") for name in ("lenet5", "resnet18")]
+    arguments = ["run", *plans, "--only", only, "--dry-run", "--json", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == (exits.OK if count else exits.USAGE)
+    told = capsys.readouterr().out
+    assert len(json.loads(told)["cases"] if told else []) == count
 
 
 def test_an_unwritable_output_directory_is_a_usage_error(

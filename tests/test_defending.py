@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -87,6 +88,17 @@ def test_a_gradient_of_nan_stops_the_run() -> None:
     broken = [(torch.full((5, 3), torch.nan), torch.zeros(5, 2))]
     with pytest.raises(UsageError, match=r"trained.weight.*finite"):
         trained(broken, callbacks=[DefendGradients("prune")])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+def test_a_step_that_overflowed_is_left_out_as_without_a_defence() -> None:
+    overflow = (torch.full((5, 3), 1e38), torch.zeros(5, 2))
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    some = batches(3)
+    ours = trained([overflow, *some], callbacks=[DefendGradients("noise:std=0.1", seed=7)], plugins=[scaled])
+    theirs = trained(some, callbacks=[DefendGradients("noise:std=0.1", seed=7)])
+    torch.testing.assert_close(ours.trained.weight, theirs.trained.weight, rtol=0.02, atol=0.02)
 
 
 def test_the_draws_go_on_where_a_checkpoint_ended(tmp_path: Path) -> None:

@@ -49,14 +49,46 @@ def test_the_statistics_are_what_torch_would_have_gathered() -> None:
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
     network = network_of(CASE)
+    counts: dict[str, int] = {}
+    for name, layer in body.named_modules():
+        layer.register_forward_hook(
+            lambda _, inputs, __, name=name: counts.update({name: inputs[0][:, 0].numel()})
+        )
     body((images - network.mean) / network.std)
-    shared = [name for name in leak.buffers if name.endswith(".batch_mean")]
+    shared = [name.removesuffix(".batch_mean") for name in leak.buffers if name.endswith(".batch_mean")]
     assert len(shared) == 20
     for name in shared:
-        layer = body.get_submodule(name.removeprefix("body.").removesuffix(".batch_mean"))
+        layer, count = body.get_submodule(name.removeprefix("body.")), counts[name.removeprefix("body.")]
         assert isinstance(layer, nn.BatchNorm2d)
         assert layer.running_mean is not None
-        torch.testing.assert_close(leak.buffers[name][0], layer.running_mean)
+        assert layer.running_var is not None
+        torch.testing.assert_close(leak.buffers[f"{name}.batch_mean"][0], layer.running_mean)
+        unbiased = leak.buffers[f"{name}.batch_var"][0] * count / (count - 1)  # torch keeps this one
+        torch.testing.assert_close(unbiased, layer.running_var)
+
+
+def test_the_objective_is_the_sum_of_its_terms_by_torchs_own_means() -> None:
+    attack, leak = attack_and_leak(replace(CASE, attack=ATTACKS.spec("gradinversion:norm=1e-3,gradient=0.5")))
+    body, network = torchvisions(leak), network_of(CASE)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)).double()
+    labels = torch.randn(2, 10, generator=torch.Generator().manual_seed(4)).double()
+    met: dict[str, Tensor] = {}
+    for name, layer in body.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(lambda _, inputs, __, name=name: met.update({name: inputs[0]}))
+    normalised = (images - network.mean) / network.std
+    loss = F.cross_entropy(body(normalised), labels.softmax(-1))
+    ours = torch.autograd.grad(loss, list(body.parameters()))
+    theirs = [leak.gradients[f"body.{name}"][0] for name, _ in body.named_parameters()]
+    value = 0.5 * sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
+    for name, features in met.items():
+        flat = features.detach().transpose(0, 1).flatten(1)
+        for kind, mine in (("mean", flat.mean(1)), ("var", flat.var(1, correction=0))):
+            value += 0.1 * float((mine - leak.buffers[f"body.{name}.batch_{kind}"][0]).norm())
+    across = (normalised[..., 1:] - normalised[..., :-1]).abs().mean()
+    down = (normalised[..., 1:, :] - normalised[..., :-1, :]).abs().mean()
+    value += 1e-4 * float(across + down) + 1e-3 * float(normalised.norm())
+    assert float(attack.distance(images, labels, leak.row(0))) == pytest.approx(value, rel=1e-9)
 
 
 def test_other_clients_share_no_statistics() -> None:
@@ -122,7 +154,7 @@ def test_the_loop_is_adam_with_noise_within_the_box() -> None:
 @pytest.mark.parametrize("starts", [1, 2])
 def test_starts_are_pulled_to_the_mean_of_their_case_and_of_no_other(starts: int) -> None:
     rows = torch.tensor([0.1, 0.3, 0.7, 0.9]).view(4, 1, 1, 1, 1).clone().requires_grad_()
-    optimizer = NoisyAdam(rows, (torch.zeros(1), torch.ones(1)), 1e-3, 50)
+    optimizer = NoisyAdam(rows, (torch.zeros(1), torch.ones(1)), 1e-3, 50, torch.ones(4, dtype=torch.bool))
     optimizer.noise, optimizer.generators, optimizer.starts = 0.0, [torch.Generator()] * 4, starts
 
     def nothing_to_match() -> Tensor:

@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from skimage import metrics as scikit
 from torch import Tensor
 
+from dlgbench.images import prepare
 from dlgbench.metrics import (
     MS_SSIM_SMALLEST,
     TIERS,
@@ -29,6 +30,7 @@ from dlgbench.metrics import (
     psnr_affine,
     tier,
 )
+from dlgbench.registry import DATASETS
 
 SCIKIT: Any = scikit  # it has no annotations
 Array = npt.NDArray[np.float64]
@@ -355,8 +357,37 @@ def below(value: float) -> float:
     ],
 )
 def test_tiers_begin_at_their_thresholds(values: dict[str, float], side: int, name: str) -> None:
-    assert tier(values, 8, side) == name
+    grey = metrics(psnr=8, ssim=0, pearson_quarter=0)
+    colour = metrics(psnr=7, ssim=0.05, pearson_quarter=0.05)
+    assert tier(values, [grey, colour], side) == name
     assert name in TIERS
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (metrics(psnr=20.9), "failed"),
+        (metrics(psnr=21), "recognisable"),
+        (metrics(ssim=0.8), "failed"),
+        (metrics(ssim=0.81), "recognisable"),
+        (metrics(pearson_quarter=0.9), "failed"),
+        (metrics(pearson_quarter=0.91), "recognisable"),
+        (metrics(psnr=40), "exact"),
+    ],
+)
+def test_what_a_uniform_colour_reaches_makes_nothing_recognisable(
+    values: dict[str, float], name: str
+) -> None:
+    colour = metrics(psnr=20, ssim=0.8, pearson_quarter=0.9)
+    assert tier(values, [metrics(psnr=10), colour], 224) == name
+
+
+def test_no_trivial_baseline_of_a_photo_is_recognisable() -> None:
+    photos = DATASETS.make(DATASETS.spec("photos"), None)
+    for index, side in itertools.product(range(len(photos)), (32, 224)):
+        truth = prepare(photos.image(index), side, "fit", 3)[None]
+        rows = [fidelity(one, truth)[0] for one in baselines(truth).values()]
+        assert {tier(row, rows, side) for row in rows} == {"failed"}
 
 
 def test_tiers_are_in_order() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from dlgbench import trial
 from dlgbench.attacks.base import Attack
-from dlgbench.callbacks import lowest
+from dlgbench.callbacks import Screen, lowest
 from dlgbench.case import Case
+from dlgbench.leak import stack
 from dlgbench.trial import Setup
-from tests.clients import PHOTOS, case
+from dlgbench.victims import network_of
+from tests.clients import PHOTOS, case, leaked
 
 STARTS = 3
 
@@ -51,6 +56,31 @@ def test_after_a_tenth_of_the_steps_the_best_goes_on_alone(attacks: list[Attack]
     assert closures.sort().values[-2] <= 2 * 20
     assert closures.max() > 10 * 20
     assert record.status == "done"
+
+
+def test_what_a_guard_has_stopped_is_not_the_start_that_goes_on() -> None:
+    one = case(starts=STARTS)
+    attack = trial.attack_on([one], network_of(one))
+    attack.trace.append(torch.tensor([0.1, 0.3, 0.2]))
+    attack.active[0] = False  # the lowest has blown up an instant ago
+    Screen(STARTS, after=1).on_train_batch_end(trial.trainer_on("cpu", []), attack, None, None, 0)
+    assert attack.active.tolist() == [False, False, True]
+
+
+def test_under_adam_too_what_has_stopped_stays_where_it_is() -> None:
+    one = case(steps=20, starts=STARTS, attack="inverting_gradients:iterations=2")
+    attack = trial.attack_on([one], network_of(one))
+    leak = stack([leaked(one)] * STARTS)
+    places = list[torch.Tensor]()
+
+    class Note(pl.Callback):
+        def on_train_batch_end(self, *told: Any) -> None:
+            places.append(attack.dummy_images.detach().clone())
+
+    trial.trainer_on("cpu", [Note(), Screen(STARTS, after=3)]).fit(attack, trial.Frozen(leak, one.steps))
+    moved = (places[-1] != places[2]).flatten(1).any(1).tolist()
+    assert sum(moved) == 1
+    assert attack.closures[moved.index(True)] > attack.closures.sort().values[-2]
 
 
 def test_six_starts_find_what_one_mostly_does_not() -> None:

@@ -91,9 +91,9 @@ def test_records_made_before_an_option_existed_count_where_it_is_spelled_out() -
 def test_a_defence_is_scored_by_the_stronger_attack_with_the_naive_one_beside_it() -> None:
     found = by_name(rows(*SOME))
     noise = found["noise"]
-    assert noise.naive == Rate("spectral", 0, 20, wilson(0, 20))
-    assert noise.adaptive == noise.strongest == Rate("adaptive", 5, 20, wilson(5, 20))
-    assert found["none"].strongest == found["none"].naive == Rate("spectral", 20, 20, wilson(20, 20))
+    assert noise.naive == Rate("spectral", 0, 20, wilson(0, 20), 0, 5.0)
+    assert noise.adaptive == noise.strongest == Rate("adaptive", 5, 20, wilson(5, 20), 0, 5.0)
+    assert found["none"].strongest == found["none"].naive == Rate("spectral", 20, 20, wilson(20, 20), 0, 30.0)
     assert (found["none"].psnr, noise.psnr) == (30.0, 5.0)
 
 
@@ -224,6 +224,38 @@ def test_one_who_was_not_attacked_by_an_adaptive_attacker_is_not_trusted() -> No
     assert recommend.best(found) is None
 
 
+def test_few_trials_of_the_weaker_attack_say_as_little_as_they_do() -> None:
+    groups = [
+        attacked("sign", "spectral", ["failed"] * 20),
+        attacked("sign", "adaptive", ["failed"] * 4),
+        trained("sign", [0.9, 0.9, 0.9]),
+        trained("none", [0.9, 0.9, 0.9]),
+    ]
+    (found,) = recommend.judged(rows(*groups), 0.02, 0.2)
+    assert not found.will_do
+    assert found.why == "adaptive recovered 0 of 4, which allows for 49%, more than 20%"
+
+
+def test_what_shows_in_part_is_told_and_scores() -> None:
+    groups = [
+        attacked("sign", "spectral", ["failed"] * 20),
+        attacked("sign", "adaptive", ["partial"] * 15 + ["failed"] * 5),
+        trained("sign", [0.9, 0.9, 0.9]),
+        trained("none", [0.9, 0.9, 0.9]),
+    ]
+    (row,) = rows(*groups)
+    assert row.strongest == row.adaptive
+    (found,) = recommend.judged([row], 0.02, 0.2)
+    assert found.why.startswith("adaptive recovered 0 of 20 and 15 in part, which allows for 16%; it costs")
+
+
+def test_trainings_of_the_same_seed_on_other_batches_all_count() -> None:
+    groups = [attacked("none", "spectral", ["exact"]), trained("none", [0.9, 0.8])]
+    again = [replace(record, case=replace(record.case, image=2)) for record in groups[1]]
+    (row,) = rows(*groups, again)
+    assert (row.trainings, row.lost) == (4, 0)
+
+
 def test_a_defence_that_will_do_tells_what_leaks_where_it_is_seen_again() -> None:
     often = "noise:rounds=100,std=0.1"
     groups = [
@@ -288,7 +320,7 @@ def test_a_share_is_between_nothing_and_all(share: str, capsys: pytest.CaptureFi
 
 
 def point(rate: int, lost: float) -> Tradeoff:
-    recovered = Rate("adaptive", rate, 10, (0.0, 1.0))
+    recovered = Rate("adaptive", rate, 10, (0.0, 1.0), 0, None)
     return Tradeoff("n", f"{rate} {lost}", "digits", 1, 32, adaptive=recovered, lost=lost)
 
 

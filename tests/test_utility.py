@@ -125,7 +125,7 @@ def test_the_record_tells_what_an_update_costs() -> None:
     weights = sum(weight.numel() for weight in network_of(TRAINING).parameters())
     assert (record.status, record.images, record.outcome) == ("done", (), "failed")
     assert record.utility["update_bytes"] == 2 * weights
-    assert 0 < record.utility["update_seconds"] < 10 * record.cost["seconds"]
+    assert 0 < record.utility["update_seconds"] <= record.cost["seconds"] / 5  # half of the ten take longer
     assert record.utility["epsilon"] is record.utility["delta"] is None
     assert decode(encode(record)) == record
 
@@ -211,6 +211,11 @@ def test_a_run_skips_what_is_not_installed_and_runs_the_rest(
     assert {(r.case.defense.name, r.status) for r in found} == {
         ("none", "done"), ("dpsgd", "skipped"), ("sign", "done")
     }  # fmt: skip
+    assert not runner.run(cases, store, Data(None), setup, limits, watch).computed
+
+    monkeypatch.setattr(DPSGD, "refusal", lambda self, trains: None)  # it has been installed
+    (later,) = runner.run(cases, store, Data(None), setup, limits, watch).computed
+    assert (later.case.defense.name, later.status) == ("dpsgd", "done")
 
 
 def test_what_is_not_installed_is_skipped_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

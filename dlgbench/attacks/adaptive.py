@@ -22,7 +22,6 @@ ROUNDING = 1e-7
     labels="recovered first, by counts",
     priors="photos' spectrum, range of pixels, the defence and its parameters",
     adaptive=True,
-    ahead=500,
     revision={"default": 1, "network.batchnorm=train": 2},
     positive=("learning_rate", "history", "iterations"),
 )

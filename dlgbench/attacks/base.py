@@ -139,7 +139,7 @@ class Attack(pl.LightningModule, ABC):
         rows = wanted + wanted[:1] * (self.closure.rounded(len(wanted)) - len(wanted))
         every = rows == list(range(len(self.active)))
         chosen = (images, labels) if every else (images[rows], labels[rows])
-        values = self.closure(*chosen, self.seen(leak, rows))
+        values = self.closure(*chosen, self.seen(leak, rows, len(wanted)))
         if every:
             return values
         whole = Values(self.best_objective * torch.nan, torch.zeros_like(images), torch.zeros_like(labels))
@@ -147,13 +147,17 @@ class Attack(pl.LightningModule, ABC):
             all_cases[wanted] = some[: len(wanted)]
         return whole
 
-    def seen(self, leak: Leak, rows: list[int]) -> Leak:
-        """The leak of ``rows``, with fresh draws for every layer whose draws it does not hold."""
+    def seen(self, leak: Leak, rows: list[int], wanted: int | None = None) -> Leak:
+        """The leak of ``rows``, with fresh draws for every layer whose draws it does not hold.
+
+        Behind the first ``wanted`` rows nobody asks for the values: they get the first one's draws.
+        """
         some = leak if rows == list(range(len(self.active))) else self._gather(leak, rows)
         if not self.network.has_masks:
             return some
         images = self.dummy_images.shape[1]
-        draws = [self.network.draw_masks(images, self.generators[row]) for row in rows]
+        draws = [self.network.draw_masks(images, self.generators[row]) for row in rows[:wanted]]
+        draws += draws[:1] * (len(rows) - len(draws))
         masks = {name: torch.stack([draw[name] for draw in draws]).to(self.device) for name in draws[0]}
         for name, told in self.told.items():
             masks[name] = torch.where(told[rows].isnan(), masks[name], told[rows])

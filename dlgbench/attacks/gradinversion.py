@@ -75,7 +75,9 @@ class GradInversion(LabelsFirst):
         return value
 
     def configure_optimizers(self) -> Any:
-        optimizer = NoisyAdam(self.dummy_images, self.network.box, self.learning_rate, self.iterations)
+        optimizer = NoisyAdam(
+            self.dummy_images, self.network.box, self.learning_rate, self.iterations, self.active
+        )
         optimizer.noise, optimizer.generators, optimizer.starts = self.noise, self.generators, self.starts
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -56,7 +56,9 @@ class InvertingGradients(LabelsFirst):
         return 1 - product / (our_norm * their_norm).sqrt() + self.total_variation * variation
 
     def configure_optimizers(self) -> Any:
-        optimizer = SignedAdam(self.dummy_images, self.network.box, self.learning_rate, self.iterations)
+        optimizer = SignedAdam(
+            self.dummy_images, self.network.box, self.learning_rate, self.iterations, self.active
+        )
         steps = self.trainer.estimated_stepping_batches
         falls = [round(steps * share) for share in MILESTONES]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)

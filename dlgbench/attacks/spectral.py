@@ -5,6 +5,7 @@ What it combines, and what was measured of each part, is told in docs/attacks.md
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -82,7 +83,10 @@ class Spectral(LabelsFirst):
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
         self.levels = [level for level in LEVELS if 4 * level <= min(task.height, task.width)]
-        self.window = torch.ones(task.height, task.width).to(network.mean)
+        self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
+        """Which cases are sought from coarse to fine."""
+        self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
+        """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
         self.optimizer = partial(
             LBFGS, active=self.active,
             lr=learning_rate, history_size=history, max_iter=iterations, line_search=backtracking,
@@ -96,7 +100,7 @@ class Spectral(LabelsFirst):
 
     def pixels(self, dummies: Tensor) -> Tensor:
         """The images with these coefficients."""
-        return self.middle + CONTRAST * self.spectrum.images(self.window * dummies)
+        return self.middle + CONTRAST * self.spectrum.images(self.passband * dummies)
 
     def look(self, leak: Leak) -> None:
         """Labels, then the masks that tell, then where to start."""
@@ -112,19 +116,23 @@ class Spectral(LabelsFirst):
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
         for case, image in peel(self.network, leak, solved.shape[1:]):
             solved[case] = self.spectrum.coefficients((image - self.middle) / CONTRAST)
-        if torch.equal(solved, self.dummy_images):
-            self.descend(leak, solved)
+        self.descend(leak, solved, [row for row in range(len(solved)) if self.untouched(solved, row)])
         if not torch.equal(solved, self.dummy_images):
             grey, ours = (
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
             )
             self.dummy_images[ours < grey] = solved[ours < grey]
-            self.levels = [] if bool((ours < grey).any()) else self.levels  # fine already
+            self.coarse &= ~(ours < grey).cpu()  # the others are fine already
             self.closures += 2
 
-    def descend(self, leak: Leak, found: Tensor) -> None:
-        """Put into ``found`` what block after block is found of every case, from the head down."""
-        for row, generator in enumerate(self.generators):
+    def untouched(self, solved: Tensor, row: int) -> bool:
+        """Whether nothing was solved for of a case."""
+        return torch.equal(solved[row], self.dummy_images[row])
+
+    def descend(self, leak: Leak, found: Tensor, rows: Sequence[int]) -> None:
+        """Put into ``found`` what block after block is found of the cases ``rows``, from the head down."""
+        for row in rows:
+            generator = self.generators[row]
             seen, labels = self.seen(leak, [row]).row(0), self.dummy_labels[row].softmax(-1)
             descent = topdown.Descent(self.soft, seen, labels, self.counted(seen), self.tell, self.late)
             images = descent.images(found[row], lambda dummies: self.pixels(dummies[None])[0], generator)
@@ -158,9 +166,11 @@ class Spectral(LabelsFirst):
             self.focus([*self.levels, float("inf")][batch_idx // steps])
 
     def focus(self, most: float) -> None:
-        """Seek frequencies up to ``most`` periods a side."""
-        self.window = (self.spectrum.frequency <= most).to(self.window)
-        self.best_objective[self.active.to(self.best_objective.device)] = torch.inf  # of other images
+        """Seek frequencies up to ``most`` periods a side of what is not fine already."""
+        coarse = self.coarse.view(-1, 1, 1, 1, 1).to(self.passband.device)
+        self.passband = ((self.spectrum.frequency <= most) | ~coarse).to(self.passband)
+        sought = (self.active & self.coarse).to(self.best_objective.device)
+        self.best_objective[sought] = torch.inf  # of other images
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
         """`pixels`, with a guess of the contrast where it is hidden: the most that leaves them in range."""
