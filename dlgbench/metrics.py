@@ -134,6 +134,18 @@ def tier(metrics: Row, trivial: Sequence[Row], side: int) -> str:
     return "partial" if better else "failed"
 
 
+def judged(
+    images: Tensor, truth: Tensor, trivial: Mapping[str, Sequence[Row]]
+) -> list[dict[str, float | str]]:
+    """The metrics and the ``outcome`` of images ``(image, channel, height, width)`` already assigned.
+
+    ``trivial`` are the metrics of every trivial baseline, one mapping per image.
+    """
+    rows = enumerate(fidelity(images, truth))
+    side = truth.shape[-1]
+    return [{**row, "outcome": tier(row, [some[i] for some in trivial.values()], side)} for i, row in rows]
+
+
 def convergence_step(mse: list[float | None]) -> int | None:
     """The first step from which the MSE stays within twice its final value.
 

@@ -6,7 +6,8 @@ classes.  Its weights are drawn from torch's default generator, which `build` se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from dlgbench.batchnorm import BatchNorm2d, SharedBatchNorm2d
 from dlgbench.convolution import Conv2d
-from dlgbench.errors import Unsuitable
+from dlgbench.errors import Unsuitable, UsageError
 from dlgbench.prepare import Network, initialise, probe, replace_activation
 from dlgbench.registry import NETWORKS, Spec
 from dlgbench.stochastic import Dropout
@@ -55,6 +56,28 @@ def check(spec: Spec, shape: Shape, classes: int, protect: Protect) -> None:
     """Raise what `build` would raise, without its memory and time."""
     with torch.device("meta"):
         protect(NETWORKS.make(spec, shape, classes), shape)
+
+
+def adapted(model: nn.Module, shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Network:
+    """A classifier of one's own as a network under attack: a float32 copy with its weights, in its mode.
+
+    In train mode its batch norm uses the batch's statistics and its dropout draws what the attacker does not
+    know.  ``mean`` and ``std`` normalise pixels in [0, 1] before it.  Raises UsageError where it cannot be
+    traced or does not take images of this ``shape`` to one tensor of logits by a last linear layer.
+    """
+    try:
+        body = replace_activation(copy.deepcopy(model).float(), "relu")
+        _swap(body, nn.Dropout, lambda layer: Dropout(layer.p) if model.training else nn.Identity())
+        _swap(body, nn.BatchNorm2d, NORMS["train" if model.training else "eval"])
+        network = Network(body, mean, std)
+        _swap(body, nn.Conv2d, Conv2d)
+        probe(network, shape)
+        head = network.get_submodule(network.head)
+    except Exception as error:  # of torch.fx, of the model's own
+        raise UsageError(f"expected a classifier of images {shape} that torch.fx traces: {error}") from error
+    if not isinstance(head, nn.Linear):
+        raise UsageError(f"expected a classifier whose last layer is nn.Linear, got {type(head).__name__}")
+    return network.requires_grad_(False)
 
 
 @NETWORKS.register(

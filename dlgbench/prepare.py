@@ -102,14 +102,25 @@ class Network(nn.Module):
         }
 
 
+MODULES: dict[type[nn.Module], str] = {
+    nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.Softplus: "softplus", nn.SiLU: "silu", nn.GELU: "gelu",
+}  # fmt: skip
+
+
 class _Swap(fx.Transformer):
-    """Replaces ReLU, as a module and as a function; bound to an activation by `replace_activation`."""
+    """Replaces ReLU, as a module and as a function; bound to an activation by `replace_activation`.
+
+    Other activations of torch's defaults become the functions that attacks know.
+    """
 
     activation: Callable[[Tensor], Tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self.submodules[target], nn.ReLU):
+        module = self.submodules[target]
+        if isinstance(module, nn.ReLU):
             return self.activation(args[0])
+        if (name := MODULES.get(type(module))) and str(module) == str(type(module)()):
+            return ACTIVATIONS[name](args[0])
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

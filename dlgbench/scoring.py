@@ -10,7 +10,7 @@ import numpy as np
 from dlgbench.attacks.base import Attack, Reconstruction
 from dlgbench.callbacks import Judge, to_uint8
 from dlgbench.case import Case
-from dlgbench.metrics import TIERS, assign, baselines, convergence_step, fidelity, tier
+from dlgbench.metrics import TIERS, assign, baselines, convergence_step, fidelity, judged
 from dlgbench.records import Record, Status, finite
 
 MATCHED = 1e-4
@@ -21,12 +21,11 @@ def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | 
     """The record of one row's trial, less cost and provenance; ``verdict`` is why it stopped early."""
     found, watched = attack.result, judge.cases[row]
     order = assign(found.images[row].clamp(0, 1), watched.images)
-    images: list[dict[str, Any]] = [*fidelity(found.images[row][order], watched.images)]
     trivial = {name: fidelity(p, watched.images) for name, p in baselines(watched.images).items()}
+    images: list[dict[str, Any]] = [*judged(found.images[row][order], watched.images, trivial)]
     labels = found.labels[row].argmax(-1)[order].tolist()
-    for index, (image, label, truth) in enumerate(zip(images, labels, watched.labels.tolist(), strict=True)):
-        outcome = tier(image, [rows[index] for rows in trivial.values()], case.resolution)
-        image |= {"outcome": outcome, "label": truth, "label_found": label}
+    for image, label, truth in zip(images, labels, watched.labels.tolist(), strict=True):
+        image |= {"label": truth, "label_found": label}
     outcome = min((str(image["outcome"]) for image in images), key=TIERS.index)
     relative = finite(float(found.relative[row]))
     iterates = len(watched.history["mse"])  # less than the attack's where this row stopped before others

@@ -41,7 +41,7 @@ FLOORS: Sequence[set[str]] = (
     {"callbacks", "plots", "tradeoff", "utility"},
     {"columns", "pareto", "scoring"},
     {"trial", "render", "report"},
-    {"store", "display", "processes"},
+    {"store", "display", "processes", "api"},
     {"grid", "executors"},
     {"runner", "views"},
     {"measure"},
