@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlgbench import bench, records, render
+from dlgbench.metrics import TIERS, tier
 from dlgbench.records import Manifest
 from dlgbench.store import Store
 
@@ -92,3 +93,14 @@ def test_the_readme_holds_its_two_commands() -> None:
         (command,) = [line for line in block(name).splitlines() if line and not line.startswith("```")]
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
         assert command.endswith(end)
+
+
+def test_every_outcome_is_what_the_records_own_metrics_say() -> None:
+    for record in records.load_all(RESULTS.records)[0].values():
+        baselines = record.baselines.values()
+        for index, image in enumerate(record.images):
+            expected = tier(image, [rows[index] for rows in baselines], record.case.resolution)
+            assert image["outcome"] == expected, record.case.id
+        if record.images:
+            worst = min((str(image["outcome"]) for image in record.images), key=TIERS.index)
+            assert record.outcome == worst, record.case.id
