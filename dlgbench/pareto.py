@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, product
+from math import hypot
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,7 +25,8 @@ def figures(rows: Sequence[Tradeoff]) -> Iterator[tuple[str, Figure]]:
     known = [row for row in rows if row.lost is not None and row.strongest]
 
     def subject(row: Tradeoff) -> str:
-        return f"{row.name} on {row.dataset} at {row.resolution} px"
+        several = f", {row.batch} images in a gradient" if row.batch > 1 else ""
+        return f"{row.name} on {row.dataset} at {row.resolution} px{several}"
 
     for name, group in groupby(sorted(known, key=subject), key=subject):
         yield f"pareto_{re.sub('[^a-z0-9_.-]+', '-', name.lower())[:80]}", pareto(name, list(group))
@@ -32,11 +34,11 @@ def figures(rows: Sequence[Tradeoff]) -> Iterator[tuple[str, Figure]]:
 
 def pareto(name: str, rows: Sequence[Tradeoff]) -> Figure:
     """Every defence of one network, and a line through those that no other is better than in both."""
-    rows = sorted(rows, key=lambda row: (-_rate(row), _lost(row), row.defense))
+    rows = sorted(rows, key=lambda row: (*(-share for share in _leak(row)), _lost(row), row.defense))
     figure, page = page_of(
         max(HEIGHT, 220 + 30 * len(rows)), f"{name}: what leaks against what it costs",
-        "Trials recovered by the strongest attack, with 95 % intervals, against points of accuracy lost;\n"
-        "in bold the defences that none beats in both.",
+        "Trials recovered by the strongest attack, with 95 % intervals (dotted: those that show in part\n"
+        "as well), against points of accuracy lost; in bold the defences that none beats in both.",
     )  # fmt: skip
     height = figure.bbox.height
     box = (LEFT / WIDTH, BELOW / height, (RIGHT - LEFT) / WIDTH, 1 - (ABOVE + BELOW) / height)
@@ -51,7 +53,7 @@ def pareto(name: str, rows: Sequence[Tradeoff]) -> Figure:
     for index, row in enumerate(rows):
         y, (weight, colour) = ABOVE + 30 * index, ("bold", INK) if row in best else ("normal", MUTED)
         page.text(RIGHT + 64, y, str(index + 1), ha="right", va="top", weight=weight, color=colour)
-        told = f"{row.title}  {_told(row.strongest)}, {_lost(row):+.1f}"
+        told = f"{row.defense}  {_told(row.strongest)}, {_lost(row):+.1f}"
         page.text(RIGHT + 80, y, plain(short(told, 44)), va="top", size=9, weight=weight, color=colour)
     return figure
 
@@ -60,7 +62,7 @@ def undominated(rows: Sequence[Tradeoff]) -> list[Tradeoff]:
     """Those than which no other leaks less and costs no more, or costs less and leaks no more, by cost."""
 
     def better(one: Tradeoff, other: Tradeoff) -> bool:
-        both = (_rate(one), _lost(one)), (_rate(other), _lost(other))
+        both = (_leak(one), _lost(one)), (_leak(other), _lost(other))
         return both[0] != both[1] and all(a <= b for a, b in zip(*both, strict=True))
 
     found = [row for row in rows if not any(better(other, row) for other in rows)]
@@ -73,22 +75,37 @@ def _numbers(axes: Axes, rows: Sequence[Tradeoff], best: Sequence[Tradeoff]) -> 
     for index, row in enumerate(rows):
         rate, colour = row.strongest, COLOURS[0] if row in best else MUTED
         assert rate is not None
-        x, y = axes.transData.transform((_lost(row), _rate(row)))
-        place = x
-        while any(abs(place - a) < ROOM and abs(y - b) < ROOM for a, b in taken):
-            place += ROOM
-        taken.append((place, y))
-        at = axes.transData.inverted().transform((place, y))[0]
-        axes.plot([at, at], rate.interval, color=colour, lw=1, alpha=0.35, zorder=2)
-        axes.plot([_lost(row), at], [_rate(row)] * 2, color=colour, lw=1, alpha=0.35, zorder=2)
+        lost, found, shown = _lost(row), _rate(row), sum(_leak(row))
+        axes.plot([lost, lost], rate.interval, color=colour, lw=1, alpha=0.35, zorder=2)
+        axes.plot([lost, lost], [found, shown], color=colour, lw=1.5, ls=":", zorder=2)
+        taken.append(_free(axes, axes.transData.transform((lost, found)), taken))
+        x, y = axes.transData.inverted().transform(taken[-1])
+        axes.plot([lost, x], [found, y], color=colour, lw=1, alpha=0.35, zorder=2)
         circle = {"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "white"}
-        axes.text(at, _rate(row), str(index + 1), color="white", size=8, ha="center", va="center",
-                  zorder=4, bbox=circle)  # fmt: skip
+        axes.text(
+            x, y, str(index + 1), color="white", size=8, ha="center", va="center", zorder=4, bbox=circle
+        )
+
+
+def _free(axes: Axes, wanted: Sequence[float], taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The place within the chart nearest to the one ``wanted``, in pixels, where a circle covers no other."""
+    steps = sorted(product(range(-15, 16), repeat=2), key=lambda step: (hypot(*step), step))
+    places = ((wanted[0] + ROOM * across, wanted[1] + ROOM * up) for across, up in steps)
+    return next(
+        (x, y) for x, y in places
+        if axes.bbox.contains(x, y) and not any(hypot(x - a, y - b) < ROOM for a, b in taken)
+    )  # fmt: skip
 
 
 def _rate(row: Tradeoff) -> float:
     assert row.strongest is not None
     return row.strongest.recovered / row.strongest.trials
+
+
+def _leak(row: Tradeoff) -> tuple[float, float]:
+    """The shares of trials recovered and, of the others, shown in part."""
+    assert row.strongest is not None
+    return _rate(row), row.strongest.partly / row.strongest.trials
 
 
 def _lost(row: Tradeoff) -> float:
@@ -97,4 +114,6 @@ def _lost(row: Tradeoff) -> float:
 
 
 def _told(rate: Rate | None) -> str:
-    return f"{rate.recovered}/{rate.trials}" if rate else "–"
+    if not rate:
+        return "–"
+    return f"{rate.recovered}/{rate.trials}" + (f" (+{rate.partly})" if rate.partly else "")

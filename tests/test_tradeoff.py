@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -344,6 +345,37 @@ def test_every_defence_is_a_number_in_the_plot(tmp_path: Path) -> None:
     told = {text.get_text() for axes in figure.axes for text in axes.texts}
     assert {"1", "2", "3", "4", "5"} <= told
     assert any(text.startswith("noise  5/20, +2.0") for text in told)
+
+
+def test_batches_are_drawn_apart_and_what_shows_in_part_is_told() -> None:
+    groups = [attacked("sign", "adaptive", ["partial"] * 15 + ["failed"] * 5), trained("sign", [0.5, 0.6])]
+    several = attacked("sign", "adaptive", ["failed"] * 20, batch=8)
+    drawn = dict(pareto.figures(rows(*groups, several, trained("none", [0.5, 0.7]))))
+    assert [name.partition("32-px")[2] for name in drawn] == ["", "-8-images-in-a-gradient"]
+    told = [[text.get_text() for axes in one.axes for text in axes.texts] for one in drawn.values()]
+    assert "sign  0/20 (+15), +5.0" in told[0]
+    assert "sign  0/20, +5.0" in told[1]
+
+
+def test_what_hides_more_is_not_beaten_by_what_shows_in_part() -> None:
+    groups = [
+        attacked("sign", "adaptive", ["partial"] * 15 + ["failed"] * 5), trained("sign", [0.9, 0.9]),
+        attacked("dpsgd", "adaptive", ["failed"] * 20), trained("dpsgd", [0.5, 0.5]),
+        attacked("noise", "adaptive", ["failed"] * 20), trained("noise", [0.4, 0.4]),
+        trained("none", [0.9, 0.9]),
+    ]  # fmt: skip
+    assert [row.defense for row in pareto.undominated(rows(*groups))] == ["sign", "dpsgd"]
+
+
+def test_numbers_lie_in_the_chart_and_cover_no_other() -> None:
+    groups = [attacked(f"noise:std={n}", "adaptive", ["failed"] * 20) for n in range(1, 16)]
+    costs = [trained(f"noise:std={n}", [0.1, 0.1]) for n in range(1, 16)]
+    ((_, figure),) = pareto.figures(rows(*groups, *costs, trained("none", [0.95, 0.95])))
+    (axes,) = [some for some in figure.axes if some.get_xlabel()]
+    places = [axes.transData.transform(text.get_position()) for text in axes.texts]
+    assert len(places) == 15
+    assert all(axes.bbox.contains(*place) for place in places)
+    assert min(np.hypot(*(a - b)) for a, b in itertools.combinations(places, 2)) >= pareto.ROOM - 1e-6
 
 
 def test_what_was_not_measured_is_not_drawn() -> None:
