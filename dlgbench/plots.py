@@ -234,7 +234,8 @@ def page_of(height: int, title: str, about: str) -> tuple[Figure, Axes]:
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI)
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
     page.set_axis_off()
-    page.text(MARGIN, 24, plain(short(title, 90)), va="top", size=13, weight="bold")
+    title = short(title, 130)
+    page.text(MARGIN, 24, plain(title), va="top", size=13 * min(1, 90 / len(title)), weight="bold")
     page.text(MARGIN, 66, about, va="top", color=MUTED)
     return figure, page
 

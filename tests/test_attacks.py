@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dlgbench import trial
 from dlgbench.attacks.spectral import CLIPPED, Spectral
 from dlgbench.case import Case, stream
+from dlgbench.closures import Values
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
 from dlgbench.spectrum import CONTRAST
@@ -215,6 +217,40 @@ def test_layers_count_that_the_first_head_is_computed_by(network: str, batch: in
     used = {name for name, slope in zip(weights, slopes, strict=True) if slope is not None}
     assert attack.main == used
     assert (used == weights.keys()) is (network == "resnet18")
+
+
+def several(count: int) -> Spectral:
+    cases = [case(attack="spectral", network="resnet18", resolution=128, image=i) for i in range(count)]
+    attack = trial.attack_on(cases, network_of(cases[0]))
+    assert isinstance(attack, Spectral)
+    return attack
+
+
+def test_what_is_fine_already_keeps_its_frequencies_and_its_best() -> None:
+    attack = several(2)
+    attack.coarse[0], attack.best_objective = False, torch.tensor([1.0, 2.0])
+    attack.focus(14)
+    assert attack.best_objective.tolist() == [1.0, math.inf]  # the second's was of another image
+    noise = torch.randn(2, 1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
+    shown = attack.spectrum.coefficients(attack.pixels(noise) - attack.middle).abs() > 1e-9
+    assert shown[0].all()
+    assert float(attack.spectrum.frequency[shown[1, 0, 0]].max()) <= 14
+
+
+def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, sought = several(3), list[int]()
+    images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
+    monkeypatch.setattr("dlgbench.attacks.spectral.peel", lambda *told: [(1, images)])
+    monkeypatch.setattr(Spectral, "descend", lambda attack, leak, found, rows: sought.extend(rows))
+    objectives = iter((torch.tensor([3.0, 3.0, 3.0]), torch.tensor([3.0, 2.0, 3.0])))  # grey, and solved
+    monkeypatch.setattr(
+        attack, "evaluate", lambda *told: Values(next(objectives), torch.empty(0), torch.empty(0))
+    )
+    with torch.no_grad():
+        attack.solve(Leak({}, {}, {}))
+    assert sought == [0, 2]
+    assert attack.coarse.tolist() == [True, False, True]
+    torch.testing.assert_close(attack.pixels(attack.dummy_images.detach())[1], images)
 
 
 def test_a_small_image_is_sought_as_a_whole() -> None:

@@ -295,6 +295,30 @@ def test_a_malformed_plan_names_its_fault(
     assert expected in capsys.readouterr().err
 
 
+def test_what_is_there_is_computed_anew_on_demand(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
+    assert cli.main([*LENET, "--force", "--out", str(tmp_path / "out")]) == exits.OK
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+def test_a_missing_accelerator_is_code_4_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert cli.main([*LENET, "--accelerator", "cuda", "--out", str(tmp_path / "out")]) == exits.BROKEN
+    assert "use --accelerator cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_is_read_by_people_too(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*LENET, "--images", "3", "--dry-run", "--out", str(finished)]) == exits.OK
+    told = capsys.readouterr().out
+    assert (told.count("cached"), told.count("missing")) == (2, 2)  # one row, and the sum
+    assert "1 of 3 cases are missing; at most" in told
+
+
 def test_a_plan_that_is_no_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.toml").write_bytes('title = "Café"\n[grid]\nnetwork = ["lenet5"]\n'.encode("latin-1"))
     assert cli.main(["run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == exits.USAGE
