@@ -62,7 +62,7 @@ def reconstruct(
     ends after ``steps`` or ``seconds``.  Raises UsageError where something does not fit.
     """
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    network = adapted(model, shape, mean, std).to(dtype)
+    network = adapted(model, shape, mean, std).to(trial.device_of(accelerator), dtype)
     leak = _leak(model, gradient, network, shape[0])
     classes = network.get_submodule(network.head).out_features
     assert isinstance(classes, int)
@@ -85,9 +85,10 @@ def _leak(model: nn.Module, gradient: Gradient, network: Network, images: int) -
     if given.keys() != weights.keys() or len(gradient) != len(weights):
         raise UsageError(f"expected a gradient for each of {len(weights)} parameters, got {len(gradient)}")
     for name, weight in weights.items():
-        if given[name].shape != weight.shape:
-            shapes = tuple(weight.shape), tuple(given[name].shape)
-            raise UsageError("gradient of {}: expected the shape {}, got {}".format(name, *shapes))
+        shape = getattr(given[name], "shape", None)  # what is not trained has the gradient None
+        if shape != weight.shape:
+            told = None if shape is None else tuple(shape)
+            raise UsageError(f"gradient of {name}: expected the shape {tuple(weight.shape)}, got {told}")
     drawn = network.draw_masks(images, torch.Generator())
     state = {name: b for name, b in network.named_buffers() if name.startswith("body.") and name not in drawn}
     return Leak(

@@ -135,8 +135,8 @@ def _row(group: Sequence[Record], planned: int) -> Row:
         broken=sum(record.broken for record in ran),
         mismatched=sum("matched-but-wrong" in record.flags for record in ran),
         stalled=sum("stalled" in record.flags and record.outcome == "failed" for record in ran),
-        closures=_middle(record.closures for record in whole),
-        seconds=_middle(record.cost.get("seconds") for record in whole),
+        closures=middle(record.closures for record in whole),
+        seconds=middle(record.cost.get("seconds") for record in whole),
         reason="" if ran else printable(group[0].reason),
     )  # fmt: skip
 
@@ -218,7 +218,7 @@ def _labels_found(images: Sequence[Mapping[str, Any]]) -> int:
     return (truth & found).total()
 
 
-def _middle(values: Iterable[float | None]) -> float | None:
+def middle(values: Iterable[float | None]) -> float | None:
     """The median of what is known."""
     known = [value for value in values if value is not None]
     return median(known) if known else None

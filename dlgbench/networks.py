@@ -66,7 +66,7 @@ def adapted(model: nn.Module, shape: Shape, mean: Sequence[float], std: Sequence
     traced or does not take images of this ``shape`` to one tensor of logits by a last linear layer.
     """
     try:
-        body = replace_activation(copy.deepcopy(model).float(), "relu")
+        body = replace_activation(copy.deepcopy(model).cpu().float(), "relu")
         _swap(body, nn.Dropout, lambda layer: Dropout(layer.p) if model.training else nn.Identity())
         _swap(body, nn.BatchNorm2d, NORMS["train" if model.training else "eval"])
         network = Network(body, mean, std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, product
-from math import hypot
+from math import dist, hypot
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -62,8 +62,8 @@ def undominated(rows: Sequence[Tradeoff]) -> list[Tradeoff]:
     """Those than which no other leaks less and costs no more, or costs less and leaks no more, by cost."""
 
     def better(one: Tradeoff, other: Tradeoff) -> bool:
-        both = (_leak(one), _lost(one)), (_leak(other), _lost(other))
-        return both[0] != both[1] and all(a <= b for a, b in zip(*both, strict=True))
+        leaks, costs = (_leak(one), _leak(other)), (_lost(one), _lost(other))
+        return leaks[0] <= leaks[1] and costs[0] <= costs[1] and (leaks[0], costs[0]) != (leaks[1], costs[1])
 
     found = [row for row in rows if not any(better(other, row) for other in rows)]
     return sorted(found, key=_lost)
@@ -78,7 +78,8 @@ def _numbers(axes: Axes, rows: Sequence[Tradeoff], best: Sequence[Tradeoff]) -> 
         lost, found, shown = _lost(row), _rate(row), sum(_leak(row))
         axes.plot([lost, lost], rate.interval, color=colour, lw=1, alpha=0.35, zorder=2)
         axes.plot([lost, lost], [found, shown], color=colour, lw=1.5, ls=":", zorder=2)
-        taken.append(_free(axes, axes.transData.transform((lost, found)), taken))
+        x, y = axes.transData.transform((lost, found))
+        taken.append(_free(axes, x, y, taken))
         x, y = axes.transData.inverted().transform(taken[-1])
         axes.plot([lost, x], [found, y], color=colour, lw=1, alpha=0.35, zorder=2)
         circle = {"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "white"}
@@ -87,13 +88,13 @@ def _numbers(axes: Axes, rows: Sequence[Tradeoff], best: Sequence[Tradeoff]) -> 
         )
 
 
-def _free(axes: Axes, wanted: Sequence[float], taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The place within the chart nearest to the one ``wanted``, in pixels, where a circle covers no other."""
+def _free(axes: Axes, x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The place within the chart nearest to this one, in pixels, where a circle covers no other."""
     steps = sorted(product(range(-15, 16), repeat=2), key=lambda step: (hypot(*step), step))
-    places = ((wanted[0] + ROOM * across, wanted[1] + ROOM * up) for across, up in steps)
+    places = ((x + ROOM * across, y + ROOM * up) for across, up in steps)
     return next(
-        (x, y) for x, y in places
-        if axes.bbox.contains(x, y) and not any(hypot(x - a, y - b) < ROOM for a, b in taken)
+        place for place in places
+        if axes.bbox.contains(*place) and all(dist(place, other) >= ROOM for other in taken)
     )  # fmt: skip
 
 

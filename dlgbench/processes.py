@@ -16,7 +16,8 @@ from dlgbench import trial
 from dlgbench.case import Case
 from dlgbench.compiler import Compiler
 from dlgbench.datasets import Dataset
-from dlgbench.trial import Crowded, Setup, Show, Trial
+from dlgbench.trial import Crowded, Setup, Trial
+from dlgbench.utility import Show
 
 MANY = 20_000
 """Closures that repay starting processes, which takes some 5 s: about 15 s of LeNet."""

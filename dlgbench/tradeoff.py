@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from scipy.special import stdtrit
@@ -161,13 +161,13 @@ def _cost(defended: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]
     if not ours:
         return {}
     lost = [theirs[pair]["accuracy"] - ours[pair]["accuracy"] for pair in ours if pair in theirs]
-    seconds, without = (_middle(some.values(), "update_seconds") for some in (ours, theirs))
+    seconds, without = (_median(some.values(), "update_seconds") for some in (ours, theirs))
     one = next(iter(ours.values()))
     return {
         "accuracy": fmean(each["accuracy"] for each in ours.values()), "trainings": len(ours),
         "lost": fmean(lost) if lost else None, "lost_interval": interval(lost),
         "update_seconds": seconds, "slower": seconds / without if seconds and without else None,
-        "update_bytes": _middle(ours.values(), "update_bytes"),
+        "update_bytes": _median(ours.values(), "update_bytes"),
         "epsilon": one["epsilon"], "delta": one["delta"],
     }  # fmt: skip
 
@@ -180,9 +180,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
-def _middle(costs: Iterable[Mapping[str, Any]], name: str) -> float | None:
-    known = [cost[name] for cost in costs if cost[name] is not None]
-    return median(known) if known else None
+def _median(costs: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    return leaderboard.middle(cost[name] for cost in costs)
 
 
 def _rank(row: Tradeoff) -> Key:

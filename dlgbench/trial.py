@@ -7,7 +7,7 @@ import math
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -29,6 +29,7 @@ from dlgbench.prepare import Network
 from dlgbench.records import Record, Status
 from dlgbench.registry import ATTACKS, DEFENSES, Value
 from dlgbench.scoring import finals, pictures, score
+from dlgbench.utility import Show
 from dlgbench.victims import leak_of, network_of, secret_of, trained_network_of
 
 T = TypeVar("T")
@@ -70,10 +71,6 @@ class Crowded(Exception):
 
 BATCH_CALLS = 16
 """A batch of cases is what so many calls of their closure take: as rows end, calls fall away."""
-
-Show = Callable[[int, float, float], None]
-"""Told the step, the objective and the PSNR (dB, NaN where undefined) after every step: of several
-cases, the medians."""
 
 
 def call_width(case: Case, device: torch.device) -> int:

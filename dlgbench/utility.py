@@ -26,6 +26,8 @@ TESTED = 0.2
 DELTA = 1e-5
 """The probability, at which ε is told, that differential privacy fails."""
 Show = Callable[[int, float, float], None]
+"""Told the step, the objective and the PSNR (dB, NaN where undefined) after every step: of several
+cases, the medians."""
 
 
 class Split(NamedTuple):

@@ -96,6 +96,8 @@ def test_what_does_not_fit_is_told() -> None:
         api.reconstruct(model, gradient[:5], shape)
     with pytest.raises(UsageError, match=r"gradient of 0.weight: expected the shape \(12, 3, 5, 5\)"):
         api.reconstruct(model, gradient[::-1], shape)
+    with pytest.raises(UsageError, match=r"expected the shape \(12, 3, 5, 5\), got None"):
+        api.reconstruct(model, [weight.grad for weight in model.parameters()], shape)  # type: ignore[misc]
     with pytest.raises(UsageError, match=r"that torch\.fx traces"):
         api.reconstruct(model, gradient, (1, 1, 32, 32))
     with pytest.raises(UsageError, match="one that attacks"):

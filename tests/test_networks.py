@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any, get_args
@@ -143,7 +144,7 @@ def test_lenet_dlg_is_the_papers(side: int) -> None:
 )
 def test_with_relu_the_logits_are_torchvisions(text: str, side: int) -> None:
     name, images = text.partition(":")[0], pixels(2, side).double()
-    network = built(text, 2, side).double()
+    network = copy.deepcopy(built(text, 2, side)).double()
     normal = (images - network.mean) / network.std  # with these, which are single precision's
     with torch.no_grad():
         expected = reference(name, network).double()(normal)
