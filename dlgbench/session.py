@@ -68,7 +68,7 @@ def _manifests(options: argparse.Namespace, data: Data) -> list[Manifest]:
         wanted = "".join(f" with {path}={'|'.join(values)}" for path, values in only.items())
         raise UsageError(
             f"expected at least one case{wanted}, got none in the {options.profile} profile of "
-            f"{', '.join(one.plan for one in found)}; list the cases with --dry-run, and more of --profile"
+            f"{', '.join(one.plan for one in found)}; another --profile has more, and --dry-run lists them"
         )
     return [one for one in found if one.cases]
 

@@ -116,7 +116,8 @@ class Spectral(LabelsFirst):
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
         for case, image in peel(self.network, leak, solved.shape[1:]):
             solved[case] = self.spectrum.coefficients((image - self.middle) / CONTRAST)
-        self.descend(leak, solved, [row for row in range(len(solved)) if self.untouched(solved, row)])
+        rows = range(len(solved))
+        self.descend(leak, solved, [r for r in rows if torch.equal(solved[r], self.dummy_images[r])])
         if not torch.equal(solved, self.dummy_images):
             grey, ours = (
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
@@ -124,10 +125,6 @@ class Spectral(LabelsFirst):
             self.dummy_images[ours < grey] = solved[ours < grey]
             self.coarse &= ~(ours < grey).cpu()  # the others are fine already
             self.closures += 2
-
-    def untouched(self, solved: Tensor, row: int) -> bool:
-        """Whether nothing was solved for of a case."""
-        return torch.equal(solved[row], self.dummy_images[row])
 
     def descend(self, leak: Leak, found: Tensor, rows: Sequence[int]) -> None:
         """Put into ``found`` what block after block is found of the cases ``rows``, from the head down."""
