@@ -16,9 +16,7 @@ from types import FrameType
 from rich.console import Console
 
 from dlgbench import __version__, exits
-from dlgbench.doctor import LAUNCHER
 from dlgbench.errors import EnvironmentBroken, UsageError
-from dlgbench.plan import PROFILES
 from dlgbench.text import printable
 
 
@@ -100,7 +98,7 @@ def _command(
 def _run_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("plans", nargs="+", metavar="PLAN", help="a plan's name, a TOML file, or 'all'")
-    add("--profile", choices=PROFILES, default="quick", help="default: quick")
+    add("--profile", choices=("quick", "standard", "paper"), default="quick", help="default: quick")
     add(
         "--only",
         action="append",
@@ -292,6 +290,8 @@ def _minutes(text: str) -> float:
 
 def _quiet() -> None:
     """Before torch is imported: room for its kernels, and no launcher's variables."""
+    from dlgbench.doctor import LAUNCHER
+
     # DenseNet-121's closure needs some 1000 convolutions; where they do not fit, they are made anew each time
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     for name in [n for n in os.environ if n in LAUNCHER or n.startswith("SLURM_")]:

@@ -114,7 +114,7 @@ def _check_names(only: Mapping[str, Sequence[str]]) -> None:
             if option not in known:
                 raise unknown(f"option of a {room}", option, known)
         for value in values if path in ROOMS else ():
-            ROOMS[path].spec(value) if ":" in value else ROOMS[path].entry(value)
+            (ROOMS[path].spec if ":" in value else ROOMS[path].entry)(value)
 
 
 def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:

@@ -118,12 +118,17 @@ def baselines(truth: Tensor) -> dict[str, Tensor]:
     return {"grey": torch.full_like(truth, 0.5), "mean_colour": mean.expand_as(truth)}
 
 
-def tier(metrics: Row, trivial: Sequence[Row], side: int) -> str:
-    """The outcome of one image of ``side`` px, given the metrics of its trivial baselines.
+def trivial(truth: Tensor) -> dict[str, list[dict[str, float]]]:
+    """The metrics of every trivial baseline, one mapping per image of ``truth``."""
+    return {name: fidelity(images, truth) for name, images in baselines(truth).items()}
+
+
+def tier(metrics: Row, bars: Sequence[Row], side: int) -> str:
+    """The outcome of one image of ``side`` px, given the metrics of its trivial baselines, ``bars``.
 
     A metric counts only where it beats theirs: of a photo of the sky a uniform colour has an SSIM of 0.8.
     """
-    best = {name: max(row.get(name, -math.inf) for row in trivial) for name in metrics}
+    best = {name: max(row.get(name, -math.inf) for row in bars) for name in metrics}
     better = metrics["psnr"] >= best["psnr"] + 1
     counted = ALIKE if side >= RECOGNISABLE_AT_QUARTER else ("ssim",)
     alike = any(metrics[n] >= ALIKE[n] and metrics[n] > best[n] for n in counted if n in metrics)
@@ -134,16 +139,14 @@ def tier(metrics: Row, trivial: Sequence[Row], side: int) -> str:
     return "partial" if better else "failed"
 
 
-def judged(
-    images: Tensor, truth: Tensor, trivial: Mapping[str, Sequence[Row]]
-) -> list[dict[str, float | str]]:
+def judged(images: Tensor, truth: Tensor, bars: Mapping[str, Sequence[Row]]) -> list[dict[str, float | str]]:
     """The metrics and the ``outcome`` of images ``(image, channel, height, width)`` already assigned.
 
-    ``trivial`` are the metrics of every trivial baseline, one mapping per image.
+    ``bars`` are what `trivial` gives for the ``truth``.
     """
     rows = enumerate(fidelity(images, truth))
     side = truth.shape[-1]
-    return [{**row, "outcome": tier(row, [some[i] for some in trivial.values()], side)} for i, row in rows]
+    return [{**row, "outcome": tier(row, [some[i] for some in bars.values()], side)} for i, row in rows]
 
 
 def convergence_step(mse: list[float | None]) -> int | None:

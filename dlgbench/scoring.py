@@ -10,7 +10,7 @@ import numpy as np
 from dlgbench.attacks.base import Attack, Reconstruction
 from dlgbench.callbacks import Judge, to_uint8
 from dlgbench.case import Case
-from dlgbench.metrics import TIERS, assign, baselines, convergence_step, fidelity, judged
+from dlgbench.metrics import TIERS, assign, convergence_step, judged, trivial
 from dlgbench.records import Record, Status, finite
 
 MATCHED = 1e-4
@@ -21,8 +21,8 @@ def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | 
     """The record of one row's trial, less cost and provenance; ``verdict`` is why it stopped early."""
     found, watched = attack.result, judge.cases[row]
     order = assign(found.images[row].clamp(0, 1), watched.images)
-    trivial = {name: fidelity(p, watched.images) for name, p in baselines(watched.images).items()}
-    images: list[dict[str, Any]] = [*judged(found.images[row][order], watched.images, trivial)]
+    bars = trivial(watched.images)
+    images: list[dict[str, Any]] = [*judged(found.images[row][order], watched.images, bars)]
     labels = found.labels[row].argmax(-1)[order].tolist()
     for image, label, truth in zip(images, labels, watched.labels.tolist(), strict=True):
         image |= {"label": truth, "label_found": label}
@@ -32,7 +32,7 @@ def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | 
     objectives = [float(objective[row]) for objective in attack.trace]
     trace = [finite(value) for value in (*objectives[: iterates - 1], objectives[-1])]
     return Record(
-        case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=trivial,
+        case=case, status=verdict or "done", outcome=outcome, images=tuple(images), baselines=bars,
         objective=finite(float(found.objective[row])), relative=relative,
         closures=int(attack.closures.view(-1, case.starts)[row // case.starts].sum()),
         flags=_flags(outcome, relative, verdict, watched.labels.tolist(), trace),
