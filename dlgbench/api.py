@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dlgbench import provenance, trial
+from dlgbench import defenses, provenance, trial
 from dlgbench.attacks.base import Attack, Task
 from dlgbench.callbacks import Guard
 from dlgbench.errors import UsageError
 from dlgbench.leak import Leak
-from dlgbench.metrics import assign, baselines, fidelity, judged
+from dlgbench.metrics import assign, judged, trivial
 from dlgbench.networks import Shape, adapted
 from dlgbench.prepare import Network
-from dlgbench.registry import ATTACKS, DEFENSES
+from dlgbench.registry import ATTACKS
 
 Gradient = Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -37,8 +37,7 @@ class Found(NamedTuple):
         Each is held against another one of the found images, those of the least total MSE.
         """
         truth = private.to(self.images)
-        trivial = {name: fidelity(some, truth) for name, some in baselines(truth).items()}
-        return judged(self.images[assign(self.images, truth)], truth, trivial)
+        return judged(self.images[assign(self.images, truth)], truth, trivial(truth))
 
 
 def reconstruct(
@@ -61,15 +60,14 @@ def reconstruct(
     pixels in [0, 1] before the model.  ``attack`` is a name with options, as ``dlgbench list`` tells them; it
     ends after ``steps`` or ``seconds``.  Raises UsageError where something does not fit.
     """
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    network = adapted(model, shape, mean, std).to(trial.device_of(accelerator), dtype)
+    network = adapted(model, shape, mean, std).to(trial.device_of(accelerator))
     leak = _leak(model, gradient, network, shape[0])
     classes = network.get_submodule(network.head).out_features
     assert isinstance(classes, int)
     if "trains" in ATTACKS.entry(ATTACKS.spec(attack).name).facts:
         raise UsageError(f"attack: expected one that attacks, got {attack!r}")
-    none = DEFENSES.make(DEFENSES.spec("none"))
-    task = Task(*shape, classes, [torch.Generator().manual_seed(seed)], defense=none)
+    generators = [torch.Generator().manual_seed(seed)]
+    task = Task(*shape, classes, generators, defense=defenses.make("none"))
     made: Attack = ATTACKS.make(ATTACKS.spec(attack), network, task)
     provenance.exact_float32()
     trial.quieten()

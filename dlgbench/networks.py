@@ -59,17 +59,18 @@ def check(spec: Spec, shape: Shape, classes: int, protect: Protect) -> None:
 
 
 def adapted(model: nn.Module, shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Network:
-    """A classifier of one's own as a network under attack: a float32 copy with its weights, in its mode.
+    """A classifier of one's own as a network under attack: a copy of its weights, in its mode.
 
     In train mode its batch norm uses the batch's statistics and its dropout draws what the attacker does not
     know.  ``mean`` and ``std`` normalise pixels in [0, 1] before it.  Raises UsageError where it cannot be
     traced or does not take images of this ``shape`` to one tensor of logits by a last linear layer.
     """
     try:
-        body = replace_activation(copy.deepcopy(model).cpu().float(), "relu")
+        body = replace_activation(copy.deepcopy(model).cpu(), "relu")
         _swap(body, nn.Dropout, lambda layer: Dropout(layer.p) if model.training else nn.Identity())
         _swap(body, nn.BatchNorm2d, NORMS["train" if model.training else "eval"])
-        network = Network(body, mean, std)
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        network = Network(body, mean, std).to(dtype)
         _swap(body, nn.Conv2d, Conv2d)
         probe(network, shape)
         head = network.get_submodule(network.head)

@@ -139,7 +139,7 @@ def replace_activation(body: nn.Module, activation: str) -> nn.Module:
 def probe(network: Network, shape: tuple[int, ...]) -> None:
     """Run the network on tensors without storage: raises what it raises, and notes the shapes of draws."""
     ghost = copy.deepcopy(network).to("meta")
-    ghost(torch.empty(shape, device="meta"))
+    ghost(torch.empty(shape, device="meta", dtype=network.mean.dtype))
     for layer, noted in zip(network.modules(), ghost.modules(), strict=True):
         if isinstance(layer, Stochastic) and isinstance(noted, Stochastic):
             layer.shape = noted.shape
