@@ -9,6 +9,7 @@ from typing import Any
 from rich import filesize
 
 from dlgbench.leaderboard import Row
+from dlgbench.lineup import MOST
 from dlgbench.tradeoff import Rate, Tradeoff
 
 
@@ -72,6 +73,9 @@ def _trouble(row: Row) -> str:
     return ", ".join(partial + told) or row.reason
 
 
+IDENTIFIED = (
+    f"trials whose every image is nearer to the private one than to all others of the dataset's first {MOST}"
+)
 COLUMNS = (
     Column("network", "with every option that is not its default; in brackets, the trivial baselines", 0,
            lambda row: row.name, True),
@@ -87,6 +91,7 @@ COLUMNS = (
            lambda row: str(row.exact) if row.attack else "–"),
     Column("partial", "other trials whose every image beats the best trivial baseline by 1 dB", 2,
            lambda row: str(row.partly) if row.attack else "–"),
+    Column("identified", IDENTIFIED, 2, lambda row: _number(row.identified, "d")),
     Column("PSNR", "dB, median over all trials, those without a result the worst", 0,
            lambda row: _number(row.psnr, ".1f")),
     Column("SSIM", "the same median", 3, lambda row: _number(row.ssim, ".3f")),
@@ -121,6 +126,8 @@ TRADEOFFS = (
            lambda row: _share(row.adaptive)),
     Column("partial", "other trials of the stronger that beat the best trivial baseline by 1 dB", 2,
            lambda row: str(row.strongest.partly) if row.strongest else "–"),
+    Column("identified", IDENTIFIED, 2,
+           lambda row: _number(row.strongest.identified if row.strongest else None, "d")),
     Column("PSNR", "dB, of the stronger, median over all trials", 3, lambda row: _number(row.psnr, ".1f")),
     Column("corr¼", "correlation with the private image at a quarter of the resolution, median", 3,
            lambda row: _number(row.pearson_quarter, ".2f")),

@@ -50,6 +50,8 @@ class Row:
     interval: tuple[float, float] = (0.0, 1.0)
     partly: int = 0
     """Trials of the outcome *partial*, which are not recovered."""
+    identified: int | None = None
+    """Trials whose every image tells which of the dataset's it is of; None where that was not asked."""
     psnr: float | None = None
     ssim: float | None = None
     mse: float | None = None
@@ -126,7 +128,7 @@ def _row(group: Sequence[Record], planned: int) -> Row:
         **_described(case), trials=len(ran or group), planned=planned,
         recovered=recovered, interval=wilson(recovered, len(ran)),
         exact=sum(record.outcome == "exact" for record in whole),
-        partly=sum(record.outcome == "partial" for record in whole),
+        partly=sum(record.outcome == "partial" for record in whole), identified=_identified(whole),
         **medians,
         label_accuracy=right / (case.batch * len(ran)) if ran else None,
         convergence_step=median(steps) if steps else None,
@@ -139,6 +141,11 @@ def _row(group: Sequence[Record], planned: int) -> Row:
         seconds=middle(record.cost.get("seconds") for record in whole),
         reason="" if ran else printable(group[0].reason),
     )  # fmt: skip
+
+
+def _identified(records: Sequence[Record]) -> int | None:
+    nearest = [max((image.get("rank", 0) for image in record.images), default=0) for record in records]
+    return nearest.count(1) if nearest and all(nearest) else None
 
 
 def _baselines(groups: Iterable[Sequence[Record]]) -> list[Row]:

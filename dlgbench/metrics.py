@@ -91,6 +91,11 @@ def pearson(ours: Tensor, truth: Tensor) -> Tensor:
     )
 
 
+def quarter(raw: Tensor) -> Tensor:
+    """Images clamped to [0, 1], the mean of every 4x4 pixels."""
+    return F.avg_pool2d(raw.clamp(0, 1), min(raw.shape[-1], 4))
+
+
 def psnr_affine(raw: Tensor, truth: Tensor) -> Tensor:
     """PSNR in dB after the affine map of pixel values, one gain and offset per image, of least MSE."""
     x, y = raw.flatten(1).double(), truth.flatten(1).double()
@@ -171,8 +176,7 @@ def _structure_at_scales(raw: Tensor, truth: Tensor) -> Tensor:
 
 
 def _pearson_quarter(raw: Tensor, truth: Tensor) -> Tensor:
-    block = min(truth.shape[-1], 4)
-    return pearson(F.avg_pool2d(raw.clamp(0, 1), block), F.avg_pool2d(truth, block))
+    return pearson(quarter(raw), quarter(truth))
 
 
 def _grown(images: Tensor) -> Tensor:

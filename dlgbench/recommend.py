@@ -104,7 +104,8 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
 
 def _leak(rate: Rate) -> str:
     told = f"{rate.recovered} of {rate.trials}" + (f" and {rate.partly} in part" if rate.partly else "")
-    return f"{rate.attack} recovered {told}, which allows for {rate.interval[1]:.0%}"
+    named = f" ({rate.identified} identified)" if (rate.identified or 0) > rate.recovered else ""
+    return f"{rate.attack} recovered {told}{named}, which allows for {rate.interval[1]:.0%}"
 
 
 def _repeated(row: Tradeoff, rows: Sequence[Tradeoff]) -> str:

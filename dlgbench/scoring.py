@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from dlgbench.attacks.base import Attack, Reconstruction
 from dlgbench.callbacks import Judge, to_uint8
 from dlgbench.case import Case
+from dlgbench.lineup import ranks
 from dlgbench.metrics import TIERS, assign, convergence_step, judged, trivial
 from dlgbench.records import Record, Status, finite
 
@@ -17,15 +20,24 @@ MATCHED = 1e-4
 """Below this relative squared gradient distance a gradient counts as matched."""
 
 
-def score(case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | None) -> Record:
-    """The record of one row's trial, less cost and provenance; ``verdict`` is why it stopped early."""
+def score(
+    case: Case, attack: Attack, judge: Judge, row: int, verdict: Status | None, others: Mapping[int, Tensor]
+) -> Record:
+    """The record of one row's trial, less cost and provenance; ``verdict`` is why it stopped early.
+
+    ``others`` are what `lineup` gives for the case.
+    """
     found, watched = attack.result, judge.cases[row]
     order = assign(found.images[row].clamp(0, 1), watched.images)
     bars = trivial(watched.images)
-    images: list[dict[str, Any]] = [*judged(found.images[row][order], watched.images, bars)]
+    ours = found.images[row][order]
+    images: list[dict[str, Any]] = [*judged(ours, watched.images, bars)]
     labels = found.labels[row].argmax(-1)[order].tolist()
     for image, label, truth in zip(images, labels, watched.labels.tolist(), strict=True):
         image |= {"label": truth, "label_found": label}
+    if others:
+        for image, rank in zip(images, ranks(ours, watched.images, case, others), strict=True):
+            image["rank"] = rank
     outcome = min((str(image["outcome"]) for image in images), key=TIERS.index)
     relative = finite(float(found.relative[row]))
     iterates = len(watched.history["mse"])  # less than the attack's where this row stopped before others

@@ -32,8 +32,9 @@ class Rate:
     interval: tuple[float, float]
     partly: int
     """Of the others, how many come nearer than a trivial baseline."""
+    identified: int | None
     psnr: float | None
-    """As `leaderboard.Row`'s."""
+    """As `leaderboard.Row`'s, both."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _strength(one: Row | Rate) -> Key:
 
 
 def _rate(row: Row | None) -> Rate | None:
-    shared = ("attack", "recovered", "trials", "interval", "partly", "psnr")
+    shared = ("attack", "recovered", "trials", "interval", "partly", "identified", "psnr")
     return Rate(*(getattr(row, name) for name in shared)) if row else None
 
 

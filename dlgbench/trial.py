@@ -25,6 +25,7 @@ from dlgbench.closures import width_for
 from dlgbench.compiler import Compiler
 from dlgbench.datasets import Dataset
 from dlgbench.leak import Leak, Secret, stack
+from dlgbench.lineup import lineup
 from dlgbench.prepare import Network
 from dlgbench.records import Record, Status
 from dlgbench.registry import ATTACKS, DEFENSES, Value
@@ -132,9 +133,9 @@ def _run(
     trainer.fit(attack, Frozen(leak, steps))
     cost = {**meter.stop(len(cases)), **compiling}
     whence = {**provenance.facts(device), **_known(cases[0]), **attack.closure.facts}
-    rows = lowest(attack.result.objective, starts)
+    rows, others = lowest(attack.result.objective, starts), lineup(cases[0], dataset)
     records = [
-        replace(score(case, attack, judge, row, guard.verdicts[row]), cost=cost, provenance=whence)
+        replace(score(case, attack, judge, row, guard.verdicts[row], others), cost=cost, provenance=whence)
         for row, case in zip(rows, cases, strict=True)
     ]
     if loggers:

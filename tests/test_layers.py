@@ -38,7 +38,7 @@ FLOORS: Sequence[set[str]] = (
     {"plan", "records", "attacks", "attacks.base"},
     {"attacks.spectral"},  # what adapts to defences builds upon it
     {"attacks.*", "victims", "leaderboard", "listing"},
-    {"callbacks", "plots", "tradeoff", "utility"},
+    {"callbacks", "plots", "tradeoff", "utility", "lineup"},
     {"columns", "pareto", "scoring"},
     {"trial", "render", "report"},
     {"store", "display", "processes", "api"},

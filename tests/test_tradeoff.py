@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from scipy.stats import t as student
 
-from dlgbench import cli, exits, pareto, plots, recommend, render, tradeoff
+from dlgbench import cli, columns, exits, pareto, plots, recommend, render, tradeoff
 from dlgbench.case import Case
 from dlgbench.leaderboard import wilson
 from dlgbench.records import Manifest, Record
@@ -92,9 +92,13 @@ def test_records_made_before_an_option_existed_count_where_it_is_spelled_out() -
 def test_a_defence_is_scored_by_the_stronger_attack_with_the_naive_one_beside_it() -> None:
     found = by_name(rows(*SOME))
     noise = found["noise"]
-    assert noise.naive == Rate("spectral", 0, 20, wilson(0, 20), 0, 5.0)
-    assert noise.adaptive == noise.strongest == Rate("adaptive", 5, 20, wilson(5, 20), 0, 5.0)
-    assert found["none"].strongest == found["none"].naive == Rate("spectral", 20, 20, wilson(20, 20), 0, 30.0)
+    assert noise.naive == Rate("spectral", 0, 20, wilson(0, 20), 0, None, 5.0)
+    assert noise.adaptive == noise.strongest == Rate("adaptive", 5, 20, wilson(5, 20), 0, None, 5.0)
+    assert (
+        found["none"].strongest
+        == found["none"].naive
+        == Rate("spectral", 20, 20, wilson(20, 20), 0, None, 30.0)
+    )
     assert (found["none"].psnr, noise.psnr) == (30.0, 5.0)
 
 
@@ -250,6 +254,42 @@ def test_what_shows_in_part_is_told_and_scores() -> None:
     assert found.why.startswith("adaptive recovered 0 of 20 and 15 in part, which allows for 16%; it costs")
 
 
+def ranked(records: list[Record], ranks: list[int]) -> list[Record]:
+    """The same, of which so many images of the dataset are at least as near, the private one included."""
+    pairs = zip(records, ranks, strict=True)
+    return [replace(r, images=({**r.images[0], "rank": rank},)) for r, rank in pairs]
+
+
+def test_who_is_identified_is_told_beside_what_is_recovered() -> None:
+    hidden = attacked("sign", "adaptive", ["partial"] * 3 + ["failed"])
+    rest = [
+        attacked("sign", "spectral", ["failed"] * 4),
+        trained("sign", [0.9] * 3),
+        trained("none", [0.9] * 3),
+    ]
+    (row,) = rows(ranked(hidden, [1, 1, 2, 900]), *rest)
+    assert row.strongest
+    assert row.strongest.identified == 2
+    (found,) = recommend.judged([row], 0.02, 0.5)
+    assert found.why.startswith(
+        "adaptive recovered 0 of 4 and 3 in part (2 identified), which allows for 49%"
+    )
+    assert dict(zip(titles(row), columns.grid([row]).lines[0], strict=True))["identified"] == "2"
+
+
+def test_who_is_identified_is_not_told_of_some_trials_only() -> None:
+    old, new = attacked("sign", "adaptive", ["partial"] * 4), attacked("sign", "adaptive", ["partial"] * 4)
+    mixed = [*ranked(new[:2], [1, 1]), *old[2:]]
+    (row,) = rows(mixed, attacked("sign", "spectral", ["failed"] * 4), trained("sign", [0.9]))
+    assert row.strongest
+    assert row.strongest.identified is None
+    assert "identified" not in titles(row)
+
+
+def titles(row: Tradeoff) -> list[str]:
+    return [column.title for column in columns.grid([row]).columns]
+
+
 def test_trainings_of_the_same_seed_on_other_batches_all_count() -> None:
     groups = [attacked("none", "spectral", ["exact"]), trained("none", [0.9, 0.8])]
     again = [replace(record, case=replace(record.case, image=2)) for record in groups[1]]
@@ -321,7 +361,7 @@ def test_a_share_is_between_nothing_and_all(share: str, capsys: pytest.CaptureFi
 
 
 def point(rate: int, lost: float) -> Tradeoff:
-    recovered = Rate("adaptive", rate, 10, (0.0, 1.0), 0, None)
+    recovered = Rate("adaptive", rate, 10, (0.0, 1.0), 0, None, None)
     return Tradeoff("n", f"{rate} {lost}", "digits", 1, 32, adaptive=recovered, lost=lost)
 
 

@@ -89,7 +89,7 @@ def scored(secret: Secret, images: Tensor, labels: Tensor) -> Record:
     attack = SimpleNamespace(result=found, trace=trace, closures=closures)
     judge = Judge([secret], steps=1)
     judge.cases[0].history = {"mse": [1.0, 0.0], "psnr": [0.0, 160.0], "ssim": [0.0, 1.0]}
-    return score(BATCH, cast(Attack, attack), judge, 0, None)
+    return score(BATCH, cast(Attack, attack), judge, 0, None, {})
 
 
 def test_images_in_another_order_keep_their_labels(photos: Dataset) -> None:
@@ -166,7 +166,7 @@ def flags_of(images: Tensor, labels: Tensor, relative: float, trace: list[float]
     attack = SimpleNamespace(result=found, trace=objectives, closures=torch.tensor([2]))
     judge = Judge([secret], steps=len(trace) - 1)
     judge.cases[0].history = {name: [1.0] * len(trace) for name in ("mse", "psnr", "ssim")}
-    return score(BATCH, cast(Attack, attack), judge, 0, None).flags
+    return score(BATCH, cast(Attack, attack), judge, 0, None, {}).flags
 
 
 FALLING, ONE, OTHER = [3.0, 2.0, 1.0], torch.tensor([4, 5]), torch.tensor([4, 4])

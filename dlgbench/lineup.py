@@ -1,0 +1,53 @@
+"""Which of a dataset's images a reconstruction is of, for those who have the dataset to compare it with.
+
+Image identifiability precision (Yin et al. 2021, "See through Gradients: Image Batch Recovery via
+GradInversion"), by the correlation at a quarter of the resolution instead of a network's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dlgbench.case import Case
+from dlgbench.datasets import Dataset, prepare
+from dlgbench.errors import UsageError
+from dlgbench.metrics import pearson, quarter
+from dlgbench.victims import indices
+
+MOST, FEWEST = 1000, 100
+"""How many images are compared, the dataset's first; among fewer than the second it would say little."""
+
+
+def lineup(case: Case, dataset: Dataset) -> dict[int, Tensor]:
+    """Images ``(channel, height, width)`` of the dataset at a quarter of the case's resolution, by index.
+
+    Without those that cannot be read; empty where there are too few.
+    """
+    found = dict[int, Tensor]()
+    for index in range(min(MOST, len(dataset)) if len(dataset) >= FEWEST else 0):
+        try:
+            image = prepare(dataset.image(index), case.resolution, case.preparation, case.channels)
+        except UsageError:  # a file of the user's that is neither attacked nor trained on
+            continue
+        found[index] = quarter(image[None])[0]
+    return found
+
+
+def ranks(found: Tensor, truth: Tensor, case: Case, others: Mapping[int, Tensor]) -> list[int]:
+    """One more than how many ``others`` are as near to each of ``found`` as the private image it is of.
+
+    Both are ``(image, channel, height, width)``, already assigned one to one.
+    """
+    return [
+        _rank(ours, theirs, torch.stack([image for other, image in others.items() if other != index]))
+        for index, ours, theirs in zip(indices(case), quarter(found), quarter(truth), strict=True)
+    ]
+
+
+def _rank(found: Tensor, truth: Tensor, others: Tensor) -> int:
+    own = pearson(found[None], truth[None])
+    behind = pearson(found[None], others.to(found)) < own  # not where either is no number
+    return 1 + int((~behind).sum())
