@@ -80,6 +80,10 @@ class Compiler:
             self.give_up(_complaint(error))
             return {}
 
+    def elsewhere(self) -> Compiler:
+        """One for another process, which compiles nothing where this one has given up."""
+        return Compiler("off" if self.broken else self.mode)
+
     def give_up(self, message: str) -> None:
         """Compile no more, and say so once."""
         if not self.broken:

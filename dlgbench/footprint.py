@@ -12,7 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from dlgbench import measure, provenance, trial
-from dlgbench.compiler import Compiler, Mode
+from dlgbench.compiler import Compiler
 from dlgbench.measure import Row
 
 HOARDING = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 def memory(networks: Sequence[str], compiler: Compiler) -> Iterator[Row]:
     """The most that one closure of every network holds at once: the textbook's against ours."""
     for network in networks:
-        yield alone(_memory, network, "off" if compiler.broken else compiler.mode)
+        yield alone(_memory, network, compiler.elsewhere())
 
 
 def alone(function: Callable[..., Result], *arguments: object) -> Result:
@@ -45,10 +45,10 @@ def peak(function: Callable[[], object]) -> float:
     return float("nan") if most is None else max(1.0, float(most))
 
 
-def _memory(network: str, mode: Mode) -> Row:
+def _memory(network: str, compiler: Compiler) -> Row:
     case = measure.case(network)
     width, attack, example = measure.subject(network)
-    Compiler(mode).prepare(attack.closure, trial.identity(case), example, 0)
+    compiler.prepare(attack.closure, trial.identity(case), example, 0)
     theirs = peak(measure.textbook(case).closure) / 1e6
     ours = peak(partial(attack.closure, *example)) / width / 1e6
     return {

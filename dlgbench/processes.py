@@ -37,8 +37,7 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
     count = min(_cores(), len(cases)) if small and many else 1
     if count == 1:
         return trial.run(cases, dataset, setup, show, waiting)
-    mode = "off" if setup.compiler.broken else setup.compiler.mode
-    theirs = replace(setup, compiler=Compiler(mode))
+    theirs = replace(setup, compiler=setup.compiler.elsewhere())
     children: list[_Child] = []
     try:
         children.extend(_Child(cases[part::count], dataset, theirs, waiting) for part in range(count))
