@@ -21,6 +21,8 @@ from dlgbench.utility import Show
 
 MANY = 20_000
 """Closures that repay starting processes, which takes some 5 s: about 15 s of LeNet."""
+GRACE = 10
+"""Seconds for a process that is done to tidy up: one ended before leaves locks that Python warns of."""
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -42,6 +44,8 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
     try:
         children.extend(_Child(cases[part::count], dataset, theirs, waiting) for part in range(count))
         parts = _gather([child.pipe for child in children], setup.compiler, show)
+        for child in children:
+            child.process.join(GRACE)
     finally:
         for child in children:
             child.end()

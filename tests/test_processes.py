@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ def test_two_processes_find_what_one_finds() -> None:
         assert ours.provenance["threads"] == 1
     assert {ours.cost["trials_in_batch"] for ours, _ in spread} == {1, 2}
     assert shown[-1][0] == CASE.steps
+
+
+@pytest.mark.usefixtures("two")
+def test_children_that_are_done_end_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[processes._Child] = []
+
+    class Noted(processes._Child):
+        def __init__(self, *work: Any) -> None:
+            super().__init__(*work)
+            children.append(self)
+
+    monkeypatch.setattr(processes, "_Child", Noted)
+    processes.run(CASES, PHOTOS, Setup("cpu"), lambda *progress: None)
+    assert [child.process.exitcode for child in children] == [0, 0]  # ended by a signal it is -15
 
 
 @pytest.mark.usefixtures("two")
