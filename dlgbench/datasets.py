@@ -49,6 +49,7 @@ class Dataset(Protocol):
 
     ``image`` gives mode "L" or "RGB" by ``channels`` and raises UsageError for a file that cannot be
     read.  ``label`` lies in ``range(classes)``; both are None where images carry no class.
+    It is hashable: what was read of it is kept for the next trial.
     """
 
     @property
@@ -57,6 +58,8 @@ class Dataset(Protocol):
     @property
     def channels(self) -> int: ...
 
+    def __hash__(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Image.Image: ...
@@ -64,7 +67,7 @@ class Dataset(Protocol):
     def label(self, index: int) -> int | None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InMemory:
     """What torchvision holds in memory: pairs of an image and its class."""
 

@@ -29,7 +29,7 @@ MAX_PIXELS = 64 * 1024**2
 _DAMAGED = (OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, struct.error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Files:
     """Images in files of their own; ``labels`` is empty where they carry no class."""
 

@@ -7,6 +7,9 @@ GradInversion"), by the correlation at a quarter of the resolution instead of a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +24,20 @@ MOST, FEWEST = 1000, 100
 """How many images are compared, the dataset's first; among fewer than the second it would say little."""
 
 
-def lineup(case: Case, dataset: Dataset) -> dict[int, Tensor]:
+def lineup(case: Case, dataset: Dataset) -> Mapping[int, Tensor]:
     """Images ``(channel, height, width)`` of the dataset at a quarter of the case's resolution, by index.
 
     Without those that cannot be read; empty where there are too few.
     """
+    return _lineup(dataset, case.resolution, case.preparation, case.channels)
+
+
+@lru_cache(maxsize=4)
+def _lineup(dataset: Dataset, *prepared: Any) -> Mapping[int, Tensor]:
     found = dict[int, Tensor]()
     for index in range(min(MOST, len(dataset)) if len(dataset) >= FEWEST else 0):
-        try:
-            image = prepare(dataset.image(index), case.resolution, case.preparation, case.channels)
-        except UsageError:  # a file of the user's that is neither attacked nor trained on
-            continue
-        found[index] = quarter(image[None])[0]
+        with suppress(UsageError):  # of a file of the user's that is neither attacked nor trained on
+            found[index] = quarter(prepare(dataset.image(index), *prepared)[None])[0]
     return found
 
 

@@ -86,4 +86,19 @@ def test_what_cannot_be_read_is_left_out(digits: Dataset) -> None:
             return super().image(index)
 
     torn = Torn([(digits.image(index), 0) for index in range(FEWEST)], 10, 1)
-    assert set(range(FEWEST)) - lineup(replace(CASE, channels=1), torn).keys() == {50}
+    assert set(range(FEWEST)) - lineup(CASE, torn).keys() == {50}
+
+
+def test_files_are_read_once_a_run(digits: Dataset) -> None:
+    read: list[int] = []
+
+    class Noted(InMemory):
+        def image(self, index: int) -> Image.Image:
+            read.append(index)
+            return super().image(index)
+
+    noted = Noted([(digits.image(index), 0) for index in range(FEWEST)], 10, 1)
+    first, second = lineup(CASE, noted), lineup(replace(CASE, image=1, seed=5), noted)
+    assert first is second
+    assert read == list(range(FEWEST))
+    assert {image.shape for image in lineup(replace(CASE, resolution=16), noted).values()} == {(1, 4, 4)}
