@@ -168,7 +168,7 @@ def _recommend_arguments(command: argparse.ArgumentParser) -> None:
         type=_share,
         default=0.2,
         metavar="SHARE",
-        help="trials that may be recovered, by the upper end of the interval (default: 0.2)",
+        help="trials that may be recovered or identified, by the upper end of the interval (default: 0.2)",
     )
     add("--network", metavar="NAME", help="of this network only")
 

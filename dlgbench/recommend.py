@@ -90,8 +90,8 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
         return Verdict(row, False, f"was not attacked by one who knows it{_because(row)}")
     if row.partial or row.broken or lost is None:
         return Verdict(row, False, f"was not measured to the end{_because(row)}")
-    leak, doubtful = _leak(strongest), max(row.rates, key=lambda rate: rate.interval[1])
-    if doubtful.interval[1] > most_recovered:
+    leak, doubtful = _leak(strongest), max(row.rates, key=lambda rate: (rate.risk, rate.recovered))
+    if doubtful.risk > most_recovered:
         return Verdict(row, False, f"{_leak(doubtful)}, more than {most_recovered:.0%}")
     cost = f"costs at most {max(lost, 0):.1%} of accuracy"
     if lost > most_lost:
@@ -105,7 +105,7 @@ def _judge(row: Tradeoff, most_lost: float, most_recovered: float) -> Verdict:
 def _leak(rate: Rate) -> str:
     told = f"{rate.recovered} of {rate.trials}" + (f" and {rate.partly} in part" if rate.partly else "")
     named = f" ({rate.identified} identified)" if (rate.identified or 0) > rate.recovered else ""
-    return f"{rate.attack} recovered {told}{named}, which allows for {rate.interval[1]:.0%}"
+    return f"{rate.attack} recovered {told}{named}, which allows for {rate.risk:.0%}"
 
 
 def _repeated(row: Tradeoff, rows: Sequence[Tradeoff]) -> str:
@@ -132,7 +132,7 @@ def _price(row: Tradeoff) -> tuple[Any, ...]:
 
 def _risk(row: Tradeoff) -> tuple[Any, ...]:
     rate = row.strongest
-    return rate.interval[1] if rate else 2, row.defense, row.batch
+    return rate.risk if rate else 2, row.defense, row.batch
 
 
 def _print(console: Console, verdicts: Sequence[Verdict]) -> None:

@@ -36,6 +36,11 @@ class Rate:
     psnr: float | None
     """As `leaderboard.Row`'s, both."""
 
+    @property
+    def risk(self) -> float:
+        """How large the share may be of what leaks: of trials recovered or, if they are more, identified."""
+        return leaderboard.wilson(max(self.recovered, self.identified or 0), self.trials)[1]
+
 
 @dataclass(frozen=True)
 class Tradeoff:

@@ -272,9 +272,20 @@ def test_who_is_identified_is_told_beside_what_is_recovered() -> None:
     assert row.strongest.identified == 2
     (found,) = recommend.judged([row], 0.02, 0.5)
     assert found.why.startswith(
-        "adaptive recovered 0 of 4 and 3 in part (2 identified), which allows for 49%"
+        "adaptive recovered 0 of 4 and 3 in part (2 identified), which allows for 85%"
     )
     assert dict(zip(titles(row), columns.grid([row]).lines[0], strict=True))["identified"] == "2"
+
+
+def test_a_defence_that_identifies_does_not_prevent_the_leak() -> None:
+    groups = [trained("sign", [0.9] * 3), trained("none", [0.9] * 3)]
+    hidden = attacked("sign", "adaptive", ["failed"] * 20), attacked("sign", "spectral", ["failed"] * 20)
+    (row,) = rows(*(ranked(some, [500] * 20) for some in hidden), *groups)
+    assert recommend.judged([row], 0.02, 0.2)[0].will_do
+    (row,) = rows(ranked(hidden[0], [500] * 20), ranked(hidden[1], [1] * 5 + [2] * 15), *groups)
+    (found,) = recommend.judged([row], 0.02, 0.2)
+    assert not found.will_do
+    assert found.why == "spectral recovered 0 of 20 (5 identified), which allows for 47%, more than 20%"
 
 
 def test_who_is_identified_is_not_told_of_some_trials_only() -> None:
