@@ -21,7 +21,7 @@ from dlgbench.metrics import pearson, quarter
 from dlgbench.victims import indices
 
 MOST, FEWEST = 1000, 100
-"""How many images are compared, the dataset's first; among fewer than the second it would say little."""
+"""How many images are compared, the dataset's first; fewer than the second would say little."""
 
 
 def lineup(case: Case, dataset: Dataset) -> Mapping[int, Tensor]:
@@ -38,7 +38,7 @@ def _lineup(dataset: Dataset, *prepared: Any) -> Mapping[int, Tensor]:
     for index in range(min(MOST, len(dataset)) if len(dataset) >= FEWEST else 0):
         with suppress(UsageError):  # of a file of the user's that is neither attacked nor trained on
             found[index] = quarter(prepare(dataset.image(index), *prepared)[None])[0]
-    return found
+    return found if len(found) >= FEWEST else {}
 
 
 def ranks(found: Tensor, truth: Tensor, case: Case, others: Mapping[int, Tensor]) -> list[int]:

@@ -27,11 +27,12 @@ class Damaged(ValueError):
 class Record:
     """One trial.  Numbers that are undefined are None; nothing is ever NaN or infinite.
 
-    ``images`` and ``baselines`` hold one mapping of metrics per private image, ``outcome`` is that of
-    the worst image of the batch, ``objective`` is re-evaluated at the returned iterate, ``relative``
-    is the squared gradient distance there over the squared norm of the leaked gradient.  ``history``
-    has one entry per iterate, the start included: its metrics are of what was drawn, its objective is of
-    what an attack has made of that before its first step.
+    ``images`` and ``baselines`` hold one mapping of metrics per private image, the first with the labels
+    and, of large datasets, the ``rank`` (`lineup.ranks`) of what was found; ``outcome`` is that of the worst
+    image of the batch, ``objective`` is re-evaluated at the returned iterate, ``relative`` is the squared
+    gradient distance there over the squared norm of the leaked gradient.  ``history`` has one entry per
+    iterate, the start included: its metrics are of what was drawn, its objective is of what an attack has
+    made of that before its first step.
     """
 
     case: Case

@@ -85,8 +85,9 @@ def test_what_cannot_be_read_is_left_out(digits: Dataset) -> None:
                 raise UsageError("torn")
             return super().image(index)
 
-    torn = Torn([(digits.image(index), 0) for index in range(FEWEST)], 10, 1)
-    assert set(range(FEWEST)) - lineup(CASE, torn).keys() == {50}
+    torn = Torn([(digits.image(index), 0) for index in range(FEWEST + 1)], 10, 1)
+    assert set(range(FEWEST + 1)) - lineup(CASE, torn).keys() == {50}
+    assert lineup(CASE, replace(torn, pairs=torn.pairs[:FEWEST])) == {}  # one too few are left
 
 
 def test_files_are_read_once_a_run(digits: Dataset) -> None:
