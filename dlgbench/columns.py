@@ -9,7 +9,7 @@ from typing import Any
 from rich import filesize
 
 from dlgbench.leaderboard import Row
-from dlgbench.lineup import MOST
+from dlgbench.records import COMPARED
 from dlgbench.tradeoff import Rate, Tradeoff
 
 
@@ -74,7 +74,8 @@ def _trouble(row: Row) -> str:
 
 
 IDENTIFIED = (
-    f"trials whose every image is nearer to the private one than to all others of the dataset's first {MOST}"
+    "trials whose every image is nearer to the private one than to all others of the dataset's "
+    f"first {COMPARED}"
 )
 COLUMNS = (
     Column("network", "with every option that is not its default; in brackets, the trivial baselines", 0,

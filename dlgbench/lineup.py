@@ -18,10 +18,11 @@ from dlgbench.case import Case
 from dlgbench.datasets import Dataset, prepare
 from dlgbench.errors import UsageError
 from dlgbench.metrics import pearson, quarter
+from dlgbench.records import COMPARED
 from dlgbench.victims import indices
 
-MOST, FEWEST = 1000, 100
-"""How many images are compared, the dataset's first; fewer than the second would say little."""
+FEWEST = 100
+"""Among fewer images it would say little."""
 
 
 def lineup(case: Case, dataset: Dataset) -> Mapping[int, Tensor]:
@@ -35,7 +36,7 @@ def lineup(case: Case, dataset: Dataset) -> Mapping[int, Tensor]:
 @lru_cache(maxsize=4)
 def _lineup(dataset: Dataset, *prepared: Any) -> Mapping[int, Tensor]:
     found = dict[int, Tensor]()
-    for index in range(min(MOST, len(dataset)) if len(dataset) >= FEWEST else 0):
+    for index in range(min(COMPARED, len(dataset)) if len(dataset) >= FEWEST else 0):
         with suppress(UsageError):  # of a file of the user's that is neither attacked nor trained on
             found[index] = quarter(prepare(dataset.image(index), *prepared)[None])[0]
     return found if len(found) >= FEWEST else {}

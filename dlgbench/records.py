@@ -17,6 +17,8 @@ from dlgbench.errors import UsageError
 
 Status = Literal["done", "diverged", "timeout", "oom", "error", "skipped"]
 SCHEMA = 1
+COMPARED = 1000
+"""How many images of a dataset, its first, what was found is ranked among."""
 
 
 class Damaged(ValueError):

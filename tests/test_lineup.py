@@ -14,7 +14,8 @@ from torchmetrics.functional import pearson_corrcoef
 from dlgbench.case import Case
 from dlgbench.datasets import Dataset, InMemory
 from dlgbench.errors import UsageError
-from dlgbench.lineup import FEWEST, MOST, lineup, ranks
+from dlgbench.lineup import FEWEST, lineup, ranks
+from dlgbench.records import COMPARED
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.victims import secret_of
 
@@ -58,7 +59,7 @@ def test_the_rank_counts_all_that_are_nearer_by_torchmetrics(digits: Dataset) ->
 @pytest.mark.parametrize("value", [0.0, 0.5, torch.nan])
 def test_what_shows_nothing_identifies_nothing(value: float, digits: Dataset) -> None:
     truth = secret_of(CASE, digits).images[0]
-    assert rank_of(torch.full_like(truth, value), truth, digits) == [MOST, MOST]
+    assert rank_of(torch.full_like(truth, value), truth, digits) == [COMPARED, COMPARED]
 
 
 def test_batch_mates_are_among_the_others(digits: Dataset) -> None:
