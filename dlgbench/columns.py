@@ -127,7 +127,7 @@ TRADEOFFS = (
            lambda row: _share(row.adaptive)),
     Column("partial", "other trials of the stronger that beat the best trivial baseline by 1 dB", 2,
            lambda row: str(row.strongest.partly) if row.strongest else "–"),
-    Column("identified", IDENTIFIED, 2,
+    Column("identified", f"{IDENTIFIED}; of the stronger", 2,
            lambda row: _number(row.strongest.identified if row.strongest else None, "d")),
     Column("PSNR", "dB, of the stronger, median over all trials", 3, lambda row: _number(row.psnr, ".1f")),
     Column("corr¼", "correlation with the private image at a quarter of the resolution, median", 3,

@@ -28,7 +28,7 @@ from dlgbench.datasets import Dataset
 from dlgbench.display import display
 from dlgbench.grid import Data
 from dlgbench.leak import Secret
-from dlgbench.records import Record, Status, decode, encode
+from dlgbench.records import COMPARED, Record, Status, decode, encode
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.scoring import score
 from dlgbench.store import Store
@@ -80,6 +80,16 @@ def test_a_batch_has_one_entry_per_image(photos: Dataset) -> None:
     assert {len(rows) for rows in record.baselines.values()} == {2}
     assert {len(values) for values in record.history.values()} == {BATCH.steps + 1}
     assert decode(encode(record)) == record
+
+
+def test_what_is_found_of_a_large_dataset_is_ranked(photos: Dataset) -> None:
+    dlg, digits = ATTACKS.spec("dlg:iterations=5"), DATASETS.spec("digits")
+    case = replace(CASE, dataset=digits, attack=dlg, channels=1, classes=10, steps=1)
+    record = run(case, DATASETS.make(digits, None))
+    assert record.status == "done", record.reason
+    assert [1 <= image["rank"] <= COMPARED for image in record.images] == [True]
+    assert decode(encode(record)) == record
+    assert "rank" not in run(CASE, photos).images[0]  # eight are too few
 
 
 def scored(secret: Secret, images: Tensor, labels: Tensor) -> Record:
