@@ -72,7 +72,7 @@ def reconstruct(
     provenance.exact_float32()
     trial.quieten()
     trainer = trial.trainer_on(accelerator, [Guard(1, seconds)])
-    trainer.fit(made, trial.Frozen(made.closure.arranged(leak), steps))
+    trainer.fit(made, trial.Frozen(leak, steps))
     found = made.result
     return Found(found.images[0].clamp(0, 1), found.labels[0], float(found.relative[0]))
 

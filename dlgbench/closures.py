@@ -80,8 +80,8 @@ class Closure:
         return -(-cases // self.width) * self.width if self._compiled else cases
 
     def arranged(self, leak: Leak) -> Leak:
-        """``leak`` in the order of memory for which code is compiled: copies only of what is in another."""
-        return leak.channels_last if self.width == 1 else leak.contiguous
+        """``leak`` in the order of memory that calls take: copies only of what compiled code has in another."""
+        return leak if self._compiled is None else self._ordered(leak)
 
     def trace(self, images: Tensor, labels: Tensor, leak: Leak) -> fx.GraphModule:
         """The evaluation of ``width`` cases such as these as one graph of all tensors in their order.
@@ -89,7 +89,7 @@ class Closure:
         Second derivatives included, it holds no autograd, and nothing that nobody uses.
         """
         shape = tree_flatten((images, labels, leak))[1]
-        flat = self._flat(images, labels, leak)
+        flat = self.flat(images, labels, leak)
         graph = make_fx(lambda *flat: self._eager(*tree_unflatten(list(flat), shape)))(*flat)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -97,7 +97,7 @@ class Closure:
 
     def compile(self, path: Path, images: Tensor, labels: Tensor, leak: Leak) -> None:
         """Compile for ``width`` cases such as these into the file ``path``; raises whatever goes wrong."""
-        flat = self._flat(images, labels, leak)
+        flat = self.flat(images, labels, leak)
         exported = torch.export.export(self.trace(images, labels, leak), tuple(flat))
         options = {"cpp.threads": self.threads}
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
@@ -109,7 +109,7 @@ class Closure:
         It is asked twice: code that reads what nobody has written answers differently.
         """
         compiled = torch._inductor.aoti_load_package(str(path)).loader.boxed_run  # its own call reads the
-        flat = self._flat(images, labels, leak)  # signature anew each time, a sixth of a LeNet's
+        flat = self.flat(images, labels, leak)  # signature anew each time, a sixth of a LeNet's
         truth = self._eager(images, labels, leak)
         for ours in (compiled([*flat]), compiled([*flat])):
             for value, true in zip(ours, truth, strict=True):
@@ -117,13 +117,18 @@ class Closure:
                     raise Miscompiled(f"{path.name}: its values are not those of the eager closure")
         self._compiled, self._split = compiled, None
 
+    def flat(self, images: Tensor, labels: Tensor, leak: Leak) -> list[Tensor]:
+        """All tensors in their order, each with the strides that compiled code takes for granted: it checks
+        none, and reads other numbers, or past the end, where they differ."""
+        return tree_flatten((images.contiguous(), labels.contiguous(), self._ordered(leak)))[0]
+
     def _parts(self, leak: Leak, cases: int) -> list[Any]:
         """What every call is given of the leak, made anew only where it is not that of the last time."""
         if self._split is None or self._split[0] is not leak:
             some = self.together
             leaks = [leak.rows(slice(i, i + some)) for i in range(0, cases, some)]
             compiled = self._compiled is not None
-            self._split = leak, [tree_flatten(self.arranged(one))[0] for one in leaks] if compiled else leaks
+            self._split = leak, [tree_flatten(self._ordered(one))[0] for one in leaks] if compiled else leaks
         return self._split[1]
 
     def _call(self, images: Tensor, labels: Tensor, leak: Any) -> Sequence[Tensor]:
@@ -131,10 +136,9 @@ class Closure:
             return self._eager(images, labels, leak)
         return self._compiled([images.contiguous(), labels.contiguous(), *leak])
 
-    def _flat(self, images: Tensor, labels: Tensor, leak: Leak) -> list[Tensor]:
-        """All tensors in their order, each with the strides that compiled code takes for granted: it checks
-        none, and reads other numbers, or past the end, where they differ."""
-        return tree_flatten((images.contiguous(), labels.contiguous(), self.arranged(leak)))[0]
+    def _ordered(self, leak: Leak) -> Leak:
+        """As code is compiled for it.  Eager, oneDNN's convolutions gain less by it than all else loses."""
+        return leak.channels_last if self.width == 1 else leak.contiguous
 
     def _eager(self, images: Tensor, labels: Tensor, leak: Leak) -> tuple[Tensor, Tensor, Tensor]:
         if len(images) == 1:  # torch.func takes twice as long, and vmap makes grouped convolutions of all

@@ -151,7 +151,7 @@ def shares(network: str, cases: int, steps: int, compiler: Compiler) -> Row:
     trainer = trial.trainer_on("cpu", callbacks)
     with threads(attack.closure.threads):
         started = time.perf_counter()
-        trainer.fit(attack, trial.Frozen(leak, steps))
+        trainer.fit(attack, trial.Frozen(attack.closure.arranged(leak), steps))
         total = time.perf_counter() - started
     optimiser = clock.seconds["step"] - clock.seconds["training_step"]
     return {

@@ -130,6 +130,7 @@ def _run(
     meter = provenance.Meter(device)
     screen = Screen(starts, steps if attack.cooperative else -(-steps // SCREENED))
     trainer = trainer_on(setup.accelerator, [judge, guard, Progress(judge, show), *boards, screen])
+    leak = attack.closure.arranged(leak)
     trainer.fit(attack, Frozen(leak, steps))
     cost = {**meter.stop(len(cases)), **compiling}
     whence = {**provenance.facts(device), **_known(cases[0]), **attack.closure.facts}
@@ -152,8 +153,7 @@ def prepared(
     """
     clients = zip(cases, (network.to(device) for network in networks), secrets, strict=True)
     leaks = [leak_of(*client, device) for client in clients]
-    attack, leak = attack_on(cases, networks[0]), stack(_each(leaks, cases[0].starts))
-    return attack, attack.closure.arranged(leak)
+    return attack_on(cases, networks[0]), stack(_each(leaks, cases[0].starts))
 
 
 def attack_on(cases: Sequence[Case], network: Network) -> Attack:
