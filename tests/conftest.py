@@ -1,7 +1,8 @@
-"""No test may reach the network; and what tests of trials share."""
+"""No test may reach the network, or take more than one thread; and what tests of trials share."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
@@ -9,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+import torch
 from hypothesis import settings
 
 from dlgbench import trial
@@ -18,6 +20,8 @@ from dlgbench.prepare import Network
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # whatever the machine is doing
 settings.load_profile("repeatable")
+os.environ["OMP_NUM_THREADS"] = "1"  # of every process that a test starts
+torch.set_num_threads(1)  # and of pytest's own, one a core: rounding then depends less on the machine
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -368,9 +368,8 @@ def test_a_plan_of_ones_own_runs_from_any_directory(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_a_run_with_their_codes(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    process = start(
-        "run", "architectures", "--only", "network=lenet5", "--steps", "2000", "--out", str(tmp_path)
-    )
+    some = ["--only", "network=lenet5", "--steps", "2000", "--compile", "off"]
+    process = start("run", "architectures", *some, "--out", str(tmp_path))
     while not list(tmp_path.glob("tensorboard/*/events*")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -442,7 +441,7 @@ def test_running_out_of_time_is_code_3_and_leaves_no_record(tmp_path: Path) -> N
 def test_a_broken_trial_is_code_1_and_is_retried_on_demand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*LENET[:6], "--images", "1", "--steps", "400", "--out", str(tmp_path)]
+    arguments = [*LENET[:6], "--images", "1", "--steps", "400", "--compile", "off", "--out", str(tmp_path)]
     assert cli.main([*arguments, "--trial-timeout", "0.0001"]) == exits.FAILED
     assert next(iter(contents(tmp_path / "records").values()))["status"] == "timeout"
     assert "1 broken" in " ".join(capsys.readouterr().out.split())
