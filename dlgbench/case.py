@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from dlgbench.errors import UsageError, unknown
-from dlgbench.registry import ATTACKS, ROOMS, Spec, Value
+from dlgbench.registry import ATTACKS, KINDS, Spec, Value
 
 PROTOCOL = 3
 """Part of every case's identity: raise it when the same case would give other numbers.
@@ -110,8 +110,8 @@ class Case:
     def identity(self) -> dict[str, Any]:
         """`plain` without what cases once lacked, where it has the value that was meant then."""
         plain = {key: value for key, value in self.plain().items() if _LATER.get(key) != value}
-        for kind, room in ROOMS.items():
-            entry = room.entries.get(plain[kind]["name"])
+        for kind, registry in KINDS.items():
+            entry = registry.entries.get(plain[kind]["name"])
             later = entry.facts.get("later", {}) if entry else {}
             plain[kind] = {key: value for key, value in plain[kind].items() if later.get(key) != value}
         return plain
@@ -128,14 +128,14 @@ class Case:
     def from_plain(cls, plain: Mapping[str, Any]) -> Case:
         """Raises TypeError, ValueError or KeyError where ``plain`` is not what `plain` returns."""
         values = dict(plain)
-        for room in ROOMS:
-            options = dict(values[room])
-            values[room] = Spec(options.pop("name"), tuple(sorted(options.items())))
+        for kind in KINDS:
+            options = dict(values[kind])
+            values[kind] = Spec(options.pop("name"), tuple(sorted(options.items())))
         case = cls(**values)
         for field in fields(case):
             wanted = (
                 Spec
-                if field.name in ROOMS
+                if field.name in KINDS
                 else str
                 if field.name in ("preparation", "dtype", "data")
                 else int

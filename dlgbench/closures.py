@@ -80,7 +80,7 @@ class Closure:
         return -(-cases // self.width) * self.width if self._compiled else cases
 
     def arranged(self, leak: Leak) -> Leak:
-        """``leak`` in the order of memory that calls take: copies only of what compiled code has in another."""
+        """``leak`` in the order of memory that calls take: copies only what compiled code has in another."""
         return leak if self._compiled is None else self._ordered(leak)
 
     def trace(self, images: Tensor, labels: Tensor, leak: Leak) -> fx.GraphModule:

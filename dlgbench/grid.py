@@ -17,7 +17,7 @@ from dlgbench.errors import Unsuitable, UsageError, unknown
 from dlgbench.images import digest
 from dlgbench.plan import Plan
 from dlgbench.records import Manifest
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Spec
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, KINDS, NETWORKS, Spec
 from dlgbench.trial import most_closures
 
 MOST_EVALUATIONS = 1.25
@@ -108,13 +108,13 @@ def most_seconds(case: Case) -> float:
 
 def _check_names(only: Mapping[str, Sequence[str]]) -> None:
     for path, values in only.items():
-        room, _, option = path.partition(".")
-        if option and room in ROOMS:
-            known = {name for entry in ROOMS[room].entries.values() for name in entry.options}
+        kind, _, option = path.partition(".")
+        if option and kind in KINDS:
+            known = {name for entry in KINDS[kind].entries.values() for name in entry.options}
             if option not in known:
-                raise unknown(f"option of a {room}", option, known)
-        for value in values if path in ROOMS else ():
-            (ROOMS[path].spec if ":" in value else ROOMS[path].entry)(value)
+                raise unknown(f"option of a {kind}", option, known)
+        for value in values if path in KINDS else ():
+            (KINDS[path].spec if ":" in value else KINDS[path].entry)(value)
 
 
 def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Data) -> Iterator[Case]:
@@ -127,17 +127,17 @@ def _cases(plan: Plan, profile: str, only: Mapping[str, Sequence[str]], data: Da
 
 def _named(row: Mapping[str, Any], only: Mapping[str, Sequence[str]]) -> bool:
     return all(
-        str(row[room]).partition(":")[0] in [value.partition(":")[0] for value in only[room]]
-        for room in ROOMS
-        if room in only
+        str(row[kind]).partition(":")[0] in [value.partition(":")[0] for value in only[kind]]
+        for kind in KINDS
+        if kind in only
     )
 
 
 def _matches(case: Case, path: str, values: Sequence[str]) -> bool:
     value = case.get(path)
-    if path in ROOMS:
+    if path in KINDS:
         spec = getattr(case, path)
-        return any(text == spec.name or (":" in text and ROOMS[path].spec(text) == spec) for text in values)
+        return any(text == spec.name or (":" in text and KINDS[path].spec(text) == spec) for text in values)
     return value is not None and any(_same(value, text) for text in values)
 
 
@@ -152,7 +152,7 @@ def _same(value: object, text: str) -> bool:
 
 def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
     """The case of one row: what the plan leaves open is filled by the network and the dataset."""
-    specs: dict[str, Any] = {kind: _spec(plan, kind, str(row[kind])) for kind in ROOMS}
+    specs: dict[str, Any] = {kind: _spec(plan, kind, str(row[kind])) for kind in KINDS}
     dataset, facts = data(specs["dataset"]), NETWORKS.entry(specs["network"].name).facts
     preparation = row["preparation"] or facts["preparation"]
     if preparation not in PREPARATIONS:
@@ -173,11 +173,11 @@ def _resolve(plan: Plan, row: Mapping[str, Any], data: Data) -> Case:
 
 
 def _spec(plan: Plan, kind: str, text: str) -> Spec:
-    spec = ROOMS[kind].spec(text)
+    spec = KINDS[kind].spec(text)
     pinned = {
         path.partition(".")[2]: value for path, value in plan.pins.items() if path.startswith(f"{kind}.")
     }
-    return ROOMS[kind].complete(spec.name, {**dict(spec.options), **pinned}) if pinned else spec
+    return KINDS[kind].complete(spec.name, {**dict(spec.options), **pinned}) if pinned else spec
 
 
 def _number(row: Mapping[str, Any], key: str) -> int:

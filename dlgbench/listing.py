@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dlgbench import plan
 from dlgbench.doctor import Finding
-from dlgbench.registry import ROOMS, Entry, Option
+from dlgbench.registry import KINDS, Entry, Option
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -22,20 +22,22 @@ def tables() -> Group:
     plans = _table("plans", "asks")
     for name in plan.shipped():
         plans.add_row(Text(name), Text(plan.find(name).title))
-    rooms = []
-    for room in ROOMS.values():
-        table = _table(f"{room.kind}s", "is", "options and their defaults")
-        for entry in room.entries.values():
+    tables = []
+    for registry in KINDS.values():
+        table = _table(f"{registry.kind}s", "is", "options and their defaults")
+        for entry in registry.entries.values():
             table.add_row(
                 Text(entry.name), Text(entry.summary), Text("\n".join(map(_option, entry.options.values())))
             )
-        rooms.append(table)
-    return Group(plans, *rooms)
+        tables.append(table)
+    return Group(plans, *tables)
 
 
 def as_json() -> str:
     """All names with their options."""
-    body = {f"{room.kind}s": dict(map(_described, room.entries.values())) for room in ROOMS.values()}
+    body = {
+        f"{registry.kind}s": dict(map(_described, registry.entries.values())) for registry in KINDS.values()
+    }
     titles = {name: plan.find(name).title for name in plan.shipped()}
     return json.dumps({"plans": titles, **body}, indent=1, ensure_ascii=False)
 

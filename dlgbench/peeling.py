@@ -45,12 +45,12 @@ def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | N
     logits, ``p - y``, times the head's weight.
     """
     assert isinstance(network.body, fx.GraphModule)
-    descent = residual.Descent(network.body, _exactly(leak))
-    told = sum(descent.values[node].numel() for node in inversion.frontier(network.body, descent.values))
+    layers = residual.Layers(network.body, _exactly(leak))
+    told = sum(layers.values[node].numel() for node in inversion.frontier(network.body, layers.values))
     if told < ENOUGH * math.prod(shape):
         return None
-    labels = (descent.features @ leak.weights[f"{network.head}.weight"].double().T).argmin(1)
-    return inversion.invert(network, leak, descent.values, shape)[labels.argsort(stable=True)]
+    labels = (layers.features @ leak.weights[f"{network.head}.weight"].double().T).argmin(1)
+    return inversion.invert(network, leak, layers.values, shape)[labels.argsort(stable=True)]
 
 
 def _exactly(leak: Leak) -> Leak:

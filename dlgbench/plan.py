@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlgbench.errors import UsageError, unknown
-from dlgbench.registry import NETWORKS, ROOMS, Value
+from dlgbench.registry import KINDS, NETWORKS, Value
 
 PROFILES = ("quick", "standard", "paper")
 AXES: dict[str, Value] = {
@@ -47,8 +47,8 @@ class Plan:
         """This plan with one field (``steps``, ``network.activation``, …) set for every case."""
         known = {*AXES, "image", "seed", *SIZES}
         name, _, option = path.partition(".")
-        if name not in known or (option and name not in ROOMS):
-            raise unknown("field", path, known | {f"{room}.OPTION" for room in ROOMS})
+        if name not in known or (option and name not in KINDS):
+            raise unknown("field", path, known | {f"{kind}.OPTION" for kind in KINDS})
         return replace(self, pins={**self.pins, path: value})
 
     def rows(self, profile: str) -> Iterator[dict[str, Any]]:
@@ -152,9 +152,9 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
         kind = type(AXES[axis])
         if wrong := [value for value in values if type(value) is not kind]:
             raise UsageError(f"{axis}: expected values of type {kind.__name__}, got {wrong[0]!r}")
-    for room in ROOMS.values():
-        for text in axes.get(room.kind, []):
-            room.spec(str(text))
+    for registry in KINDS.values():
+        for text in axes.get(registry.kind, []):
+            registry.spec(str(text))
 
 
 def _check_keys(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from dlgbench.case import Case
 from dlgbench.records import Record, write
-from dlgbench.registry import NETWORKS, ROOMS
+from dlgbench.registry import KINDS, NETWORKS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTH, DPI, MARGIN, GAP = 1600, 150, 32, 6  # pixels, as are all sizes below
@@ -35,7 +35,7 @@ STYLE = {
     "legend.frameon": False,
 }  # fmt: skip
 MOST_FRAMES, MOST_ROWS, MOST_TRIALS, MOST_GROUPS = 64, 8, 6, 300  # the last: Agg draws 65,536 pixels
-TOLD_FIRST = (*ROOMS, "batch", "epochs", "starts", "dtype")
+TOLD_FIRST = (*KINDS, "batch", "epochs", "starts", "dtype")
 """Of what tells two groups apart: the rest often follows from it, and a long label is cut."""
 DAMAGED = (OSError, EOFError, LookupError, ValueError, TypeError, MemoryError, RuntimeError, TokenError,
            zipfile.BadZipFile, zlib.error)  # fmt: skip
@@ -100,7 +100,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
             found.setdefault(replace(record.case, image=0, seed=0, data=""), []).append(record)
     known = {name: i for i, name in enumerate(NETWORKS.entries)}
     cases = sorted(found, key=lambda case: (
-        known.get(case.network.name, len(known)), *(ROOMS[name].brief(getattr(case, name)) for name in ROOMS),
+        known.get(case.network.name, len(known)), *(KINDS[name].brief(getattr(case, name)) for name in KINDS),
         case.batch, case.resolution, case.steps, repr(case)))  # fmt: skip
     labels = [label(case, cases) for case in cases]
     clean = [re.sub("[^a-z0-9_.-]+", "-", text.lower())[:80] for text in labels]
@@ -117,7 +117,7 @@ def label(case: Case, cases: Sequence[Case]) -> str:
     for name in sorted(usual, key=lambda name: name not in TOLD_FIRST):
         value = getattr(case, name)
         if value != usual[name] and len({getattr(peer, name) for peer in peers}) > 1:
-            words.append(f"{name}={ROOMS[name].brief(value) if name in ROOMS else value}")
+            words.append(f"{name}={KINDS[name].brief(value) if name in KINDS else value}")
     return ", ".join(words)
 
 
@@ -153,7 +153,7 @@ def read(record: Record, pictures: Path) -> list[Array] | None:
 def mse_plot(group: Group) -> Figure:
     """MSE against step: every trial that has a curve, their median and the grey image."""
     case, rows = group.trials[0].case, curves(group.trials)
-    about = [f"{name} {plain(short(ROOMS[name].brief(getattr(case, name)), 50))}" for name in [*ROOMS][1:]]
+    about = [f"{name} {plain(short(KINDS[name].brief(getattr(case, name)), 50))}" for name in [*KINDS][1:]]
     about += [f"{case.steps} steps", f"trials: {len(group.trials)}"]
     figure, _ = page_of(800, f"{group.label}: MSE against step", ", ".join(about))
     axes = _chart(figure, WIDTH - 180, rows)

@@ -16,7 +16,7 @@ from dlgbench import trial
 from dlgbench.case import Case
 from dlgbench.compiler import Compiler
 from dlgbench.datasets import Dataset
-from dlgbench.trial import Crowded, Setup, Trial
+from dlgbench.trial import BatchFailed, Setup, Trial
 from dlgbench.utility import Show
 
 MANY = 20_000
@@ -78,8 +78,8 @@ def _work(parent: Connection, cases: Sequence[Case], dataset: Dataset, setup: Se
     setup.compiler.tell = parent.send
     try:
         parent.send(trial.run(cases, dataset, setup, lambda *progress: parent.send(progress), waiting))
-    except Crowded as crowded:
-        parent.send(crowded)
+    except BatchFailed as failed:
+        parent.send(failed)
 
 
 def _gather(pipes: Sequence[Connection], compiler: Compiler, show: Show) -> list[list[Trial]]:
@@ -91,8 +91,8 @@ def _gather(pipes: Sequence[Connection], compiler: Compiler, show: Show) -> list
             try:
                 message = pipe.recv()
             except EOFError as error:  # it was killed, most likely for its memory
-                raise Crowded from error
-            if isinstance(message, Crowded):
+                raise BatchFailed from error
+            if isinstance(message, BatchFailed):
                 raise message
             if isinstance(message, str):  # also where one closure is wrong: each batch would make it anew
                 compiler.give_up(message)

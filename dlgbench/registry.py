@@ -73,7 +73,7 @@ class Entry:
 
 
 @dataclass
-class Room:
+class Registry:
     """All entries of one kind; ``symbol`` is the name by which the modules decorate with it."""
 
     kind: str
@@ -175,11 +175,11 @@ class Room:
                     yield Entry(ast.literal_eval(call.args[0]), summary, module, options, facts)
 
 
-NETWORKS = Room("network", "dlgbench.networks", "NETWORKS")
-DATASETS = Room("dataset", "dlgbench.datasets", "DATASETS")
-DEFENSES = Room("defense", "dlgbench.defenses", "DEFENSES")
-ATTACKS = Room("attack", "dlgbench.attacks", "ATTACKS")
-ROOMS = {room.kind: room for room in (NETWORKS, DATASETS, ATTACKS, DEFENSES)}
+NETWORKS = Registry("network", "dlgbench.networks", "NETWORKS")
+DATASETS = Registry("dataset", "dlgbench.datasets", "DATASETS")
+DEFENSES = Registry("defense", "dlgbench.defenses", "DEFENSES")
+ATTACKS = Registry("attack", "dlgbench.attacks", "ATTACKS")
+KINDS = {registry.kind: registry for registry in (NETWORKS, DATASETS, ATTACKS, DEFENSES)}
 
 
 def _plain(value: Value) -> str:

@@ -39,7 +39,7 @@ EXACT = 1e-5
 """How far from the gradient of a bias the slopes' sum may be, in units of their magnitudes' sum."""
 
 
-class Descent:
+class Layers:
     """The layers of ``body`` as far down as they can be solved for, from the leak of one case in float64.
 
     ``body`` has gone through shape propagation with the batch; the leak's names begin with ``body.``.

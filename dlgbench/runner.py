@@ -75,7 +75,7 @@ def run(
                 ended = (
                     _batch(batch, refused, len(waiting), data, bounded, watch) if batch and left > 0 else []
                 )
-            except trial.Crowded:
+            except trial.BatchFailed:
                 most = -(-len(batch) // 2)
                 continue
             waiting = waiting[most:]

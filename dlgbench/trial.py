@@ -66,7 +66,7 @@ class Frozen:
         return repeat(self.leak, self.steps)
 
 
-class Crowded(Exception):
+class BatchFailed(Exception):
     """A batch of several cases failed: fewer at a time may have room, or leave the fault to one."""
 
 
@@ -101,7 +101,7 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
     """Run cases that are `alike` in one batch.
 
     ``waiting`` counts these and all later cases that will use the same closure.  Whatever fails in a
-    single trial becomes a record of the failure; for several it raises `Crowded`.
+    single trial becomes a record of the failure; for several it raises `BatchFailed`.
     """
     device = device_of(setup.accelerator)
     provenance.exact_float32()
@@ -111,7 +111,7 @@ def run(cases: Sequence[Case], dataset: Dataset, setup: Setup, show: Show, waiti
         return _run(cases, dataset, setup, device, show, waiting)
     except Exception as error:  # recorded as a failure, counted in every table, and the exit code is 1
         if len(cases) > 1:
-            raise Crowded from error
+            raise BatchFailed from error
         return [(_failure(cases[0], error, device), b"")]
 
 

@@ -8,7 +8,7 @@ from dlgbench import trial
 from dlgbench.attacks.base import Attack
 from dlgbench.case import Case
 from dlgbench.leak import Leak
-from dlgbench.registry import ATTACKS, DATASETS, ROOMS
+from dlgbench.registry import ATTACKS, DATASETS, KINDS
 from dlgbench.victims import leak_of, network_of, secret_of
 
 ATTACKERS = [name for name, entry in ATTACKS.entries.items() if "trains" not in entry.facts]
@@ -23,7 +23,7 @@ USUAL: dict[str, Any] = {
 def case(**changes: Any) -> Case:
     """The usual case but for ``changes``; networks, attacks and so on by their names."""
     values = USUAL | changes
-    values |= {kind: room.spec(values[kind]) for kind, room in ROOMS.items()}
+    values |= {kind: registry.spec(values[kind]) for kind, registry in KINDS.items()}
     return Case(**values)
 
 

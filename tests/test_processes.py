@@ -16,7 +16,7 @@ from dlgbench import processes, provenance, trial
 from dlgbench.case import Case
 from dlgbench.compiler import Compiler
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
-from dlgbench.trial import Crowded, Setup
+from dlgbench.trial import BatchFailed, Setup
 
 CASE = Case(
     network=NETWORKS.spec("lenet_dlg"), dataset=DATASETS.spec("photos"), attack=ATTACKS.spec("dlg"),
@@ -66,7 +66,7 @@ def test_children_that_are_done_end_by_themselves(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("two")
 def test_what_fails_in_a_child_is_crowded() -> None:
     impossible = [replace(case, channels=2) for case in CASES]
-    with pytest.raises(Crowded):
+    with pytest.raises(BatchFailed):
         processes.run(impossible, PHOTOS, Setup("cpu"), lambda *progress: None)
 
 
@@ -95,7 +95,7 @@ def pipe() -> Iterator[tuple[Connection, Connection]]:
 
 def test_a_child_that_is_killed_is_crowded(pipe: tuple[Connection, Connection]) -> None:
     pipe[1].close()
-    with pytest.raises(Crowded):
+    with pytest.raises(BatchFailed):
         processes._gather([pipe[0]], Compiler(), lambda *progress: None)
 
 

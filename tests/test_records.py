@@ -30,7 +30,7 @@ from dlgbench.records import (
     manifests,
     save,
 )
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Room, Spec
+from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, KINDS, NETWORKS, Registry, Spec
 
 CASE = Case(
     network=NETWORKS.spec("resnet18:activation=relu"), dataset=DATASETS.spec("folder:/data/é, b=c"),
@@ -73,20 +73,20 @@ JSON = st.recursive(
 NESTED = st.dictionaries(TEXT, JSON, max_size=4)
 
 
-def specs(room: Room) -> st.SearchStrategy[Spec]:
+def specs(registry: Registry) -> st.SearchStrategy[Spec]:
     floats = st.floats(allow_nan=False, allow_infinity=False)
     keys = st.text(min_size=1, max_size=8).filter(lambda key: key != "name")
     options = st.dictionaries(keys, st.text(max_size=8) | st.integers() | st.booleans() | floats, max_size=3)
     return st.builds(lambda name, given: Spec(name, tuple(sorted(given.items()))),
-                     st.sampled_from(list(room.entries)), options)  # fmt: skip
+                     st.sampled_from(list(registry.entries)), options)  # fmt: skip
 
 
 def cases() -> st.SearchStrategy[Case]:
     natural, positive = st.integers(0, 2**40), st.integers(1, 2**40)
-    rooms: dict[str, st.SearchStrategy[Any]] = {kind: specs(room) for kind, room in ROOMS.items()}
+    specs_of: dict[str, st.SearchStrategy[Any]] = {kind: specs(registry) for kind, registry in KINDS.items()}
     return st.builds(
         Case,
-        **rooms,
+        **specs_of,
         batch=positive,
         resolution=positive,
         preparation=TEXT,

@@ -18,9 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlgbench.errors import UsageError
-from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS, ROOMS, Entry, Option, Room, Spec, Value
+from dlgbench.registry import (
+    ATTACKS,
+    DATASETS,
+    DEFENSES,
+    KINDS,
+    NETWORKS,
+    Entry,
+    Option,
+    Registry,
+    Spec,
+    Value,
+)
 
-NAMES = [(room.kind, name) for room in ROOMS.values() for name in room.entries]
+NAMES = [(registry.kind, name) for registry in KINDS.values() for name in registry.entries]
 TOYS = '''
 from typing import Literal
 Colour = Literal["red", "green"]
@@ -56,8 +67,8 @@ class Made(NamedTuple):
 
 
 @dataclasses.dataclass
-class ToyRoom(Room):
-    """A room whose only module is a file of the test."""
+class ToyRegistry(Registry):
+    """A registry whose only module is a file of the test."""
 
     file: Path = Path()
 
@@ -66,31 +77,31 @@ class ToyRoom(Room):
 
 
 @pytest.fixture
-def toys(tmp_path: Path) -> Room:
-    return toy_room(tmp_path, TOYS)
+def toys(tmp_path: Path) -> Registry:
+    return toy_registry(tmp_path, TOYS)
 
 
-def toy_room(folder: Path, source: str) -> Room:
+def toy_registry(folder: Path, source: str) -> Registry:
     file = folder / "toys.py"
     file.write_text(source)
-    return ToyRoom("toy", "toys", "TOYS", file=file)
+    return ToyRegistry("toy", "toys", "TOYS", file=file)
 
 
-def modules(room: Room) -> list[str]:
-    package = importlib.import_module(room.module)
-    inside = pkgutil.iter_modules(getattr(package, "__path__", []), f"{room.module}.")
-    return [room.module, *(module.name for module in inside)]
+def modules(registry: Registry) -> list[str]:
+    package = importlib.import_module(registry.module)
+    inside = pkgutil.iter_modules(getattr(package, "__path__", []), f"{registry.module}.")
+    return [registry.module, *(module.name for module in inside)]
 
 
 def copy_name(module: str) -> str:
     return f"copy_of_{module}".replace(".", "_")
 
 
-def run_copies(room: Room) -> dict[str, Made]:
-    """Execute copies of the room's modules and note what they register."""
+def run_copies(registry: Registry) -> dict[str, Made]:
+    """Execute copies of the registry's modules and note what they register."""
     found: dict[str, Made] = {}
 
-    def spy(_: Room, name: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def spy(_: Registry, name: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def note(factory: Callable[..., Any]) -> Callable[..., Any]:
             found[name] = Made(factory, facts)
             return factory
@@ -98,8 +109,8 @@ def run_copies(room: Room) -> dict[str, Made]:
         return note
 
     with pytest.MonkeyPatch.context() as patch:
-        names = modules(room)
-        patch.setattr(Room, "register", spy)
+        names = modules(registry)
+        patch.setattr(Registry, "register", spy)
         for name in names:
             origin = importlib.util.find_spec(name)
             assert origin is not None
@@ -125,12 +136,12 @@ def options_of(factory: Callable[..., Any]) -> dict[str, Option]:
     return found
 
 
-@pytest.mark.parametrize("kind", ROOMS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_source_is_read_as_python_runs_it(kind: str) -> None:
-    made = run_copies(ROOMS[kind])
+    made = run_copies(KINDS[kind])
     assert made
-    assert made.keys() == ROOMS[kind].entries.keys()  # in whatever order modules were imported
-    for name, entry in ROOMS[kind].entries.items():
+    assert made.keys() == KINDS[kind].entries.keys()  # in whatever order modules were imported
+    for name, entry in KINDS[kind].entries.items():
         factory, facts = made[name]
         assert entry.options == options_of(factory)
         assert entry.facts == facts
@@ -140,31 +151,31 @@ def test_the_source_is_read_as_python_runs_it(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
 def test_what_must_be_positive_is_an_option(kind: str, name: str) -> None:
-    entry = ROOMS[kind].entry(name)
+    entry = KINDS[kind].entry(name)
     for key in entry.facts.get("positive", ()):
         assert entry.options[key].kind in (int, float)
         for value in (0, -1):
             with pytest.raises(UsageError, match=f"{key} > 0, got {value}"):
-                ROOMS[kind].complete(name, {key: value})
+                KINDS[kind].complete(name, {key: value})
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
 def test_options_leave_room_for_the_name(kind: str, name: str) -> None:
     """A case's JSON holds an entry's name beside its options."""
-    assert "name" not in ROOMS[kind].entry(name).options
+    assert "name" not in KINDS[kind].entry(name).options
 
 
 def test_names_are_read_without_importing_torch() -> None:
     code = (
-        "import sys; from dlgbench.registry import ROOMS\n"
-        "assert all(room.entries for room in ROOMS.values())\n"
-        "ROOMS['network'].spec('resnet18:activation=relu')\n"
+        "import sys; from dlgbench.registry import KINDS\n"
+        "assert all(registry.entries for registry in KINDS.values())\n"
+        "KINDS['network'].spec('resnet18:activation=relu')\n"
         "assert not {'torch', 'torchvision', 'numpy', 'pytorch_lightning', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_toys_are_read_from_source(toys: Room) -> None:
+def test_toys_are_read_from_source(toys: Registry) -> None:
     colours = ("red", "green")
     assert list(toys.entries) == ["one", "many", "data"]
     assert toys.entry("one").options == {"path": Option("path", str, None)}
@@ -204,21 +215,23 @@ def some_options(entry: Entry) -> st.SearchStrategy[dict[str, Value]]:
     return st.fixed_dictionaries(required, optional=values)
 
 
-def check_round_trip(room: Room, name: str, data: st.DataObject) -> None:
-    given_options = data.draw(some_options(room.entry(name)))
-    spec = room.complete(name, given_options)
-    assert room.spec(str(spec)) == spec
-    assert room.spec(room.brief(spec)) == spec
-    assert set(dict(spec.options)) == set(room.entry(name).options)
+def check_round_trip(registry: Registry, name: str, data: st.DataObject) -> None:
+    given_options = data.draw(some_options(registry.entry(name)))
+    spec = registry.complete(name, given_options)
+    assert registry.spec(str(spec)) == spec
+    assert registry.spec(registry.brief(spec)) == spec
+    assert set(dict(spec.options)) == set(registry.entry(name).options)
     assert all(spec.get(key) == value for key, value in given_options.items())
-    assert {type(value) for key, value in spec.options} <= {o.kind for o in room.entry(name).options.values()}
+    assert {type(value) for key, value in spec.options} <= {
+        o.kind for o in registry.entry(name).options.values()
+    }
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_spec_is_read_back_from_its_text(kind: str, name: str, data: st.DataObject) -> None:
-    check_round_trip(ROOMS[kind], name, data)
+    check_round_trip(KINDS[kind], name, data)
 
 
 @pytest.mark.parametrize("name", ["one", "many", "data"])
@@ -227,7 +240,7 @@ def test_a_spec_is_read_back_from_its_text(kind: str, name: str, data: st.DataOb
 def test_a_toys_spec_is_read_back_from_its_text(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
-    check_round_trip(toy_room(tmp_path_factory.getbasetemp(), TOYS), name, data)
+    check_round_trip(toy_registry(tmp_path_factory.getbasetemp(), TOYS), name, data)
 
 
 @pytest.mark.parametrize("path", ["a,b=c:d", "path=x", "path=", "C:\\x", "/a b/", " x ", "a=1,a=2"])
@@ -263,7 +276,7 @@ def test_an_options_order_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("text", "flag"), [("true", True), ("False", False), ("TRUE", True), (False, False)])
-def test_booleans_are_words(toys: Room, text: Value, flag: bool) -> None:
+def test_booleans_are_words(toys: Registry, text: Value, flag: bool) -> None:
     assert toys.complete("many", {"flag": text}).get("flag") is flag
     assert f"flag={str(flag).lower()}" in str(toys.complete("many", {"flag": text}))
 
@@ -286,7 +299,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "text", "words"),
+    ("registry", "text", "words"),
     [
         (
             NETWORKS,
@@ -306,8 +319,10 @@ def refused(call: Callable[[], object], *words: str) -> None:
         (DATASETS, "samples:cifar11", ["'cifar11'", "did you mean 'cifar10'"]),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_neighbour(room: Room, text: str, words: list[str]) -> None:
-    refused(lambda: room.spec(text), *words)
+def test_what_does_not_fit_is_named_with_its_neighbour(
+    registry: Registry, text: str, words: list[str]
+) -> None:
+    refused(lambda: registry.spec(text), *words)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +336,7 @@ def test_what_does_not_fit_is_named_with_its_neighbour(room: Room, text: str, wo
         ("rate", "", "float"),
     ],
 )
-def test_values_of_another_type_are_refused(toys: Room, option: str, value: Value, kind: str) -> None:
+def test_values_of_another_type_are_refused(toys: Registry, option: str, value: Value, kind: str) -> None:
     refused(lambda: toys.complete("many", {option: value}), f"'{option}'", f"expected {kind}")
 
 
@@ -350,23 +365,23 @@ def test_an_entry_without_options_says_so() -> None:
 
 
 def test_a_name_is_registered_once() -> None:
-    room = Room("toy", "toys", "TOYS")
-    room.register("a")(len)
+    registry = Registry("toy", "toys", "TOYS")
+    registry.register("a")(len)
     with pytest.raises(ValueError, match="toy 'a' is registered twice"):
-        room.register("a")(len)
-    assert room.factories == {"a": len}
+        registry.register("a")(len)
+    assert registry.factories == {"a": len}
 
 
 def test_a_name_that_two_sources_register_is_refused(tmp_path: Path) -> None:
     twice = '@TOYS.register("a")\ndef first(): ...\n\n@TOYS.register("a")\ndef second(): ...\n'
     with pytest.raises(ValueError, match="'a' is registered twice"):
-        _ = toy_room(tmp_path, twice).entries
+        _ = toy_registry(tmp_path, twice).entries
 
 
 def test_an_option_without_a_readable_type_is_refused(tmp_path: Path) -> None:
-    room = toy_room(tmp_path, '@TOYS.register("a")\ndef a(*, x: list[int]): ...\n')
+    registry = toy_registry(tmp_path, '@TOYS.register("a")\ndef a(*, x: list[int]): ...\n')
     with pytest.raises(TypeError, match="'x'"):
-        _ = room.entries
+        _ = registry.entries
 
 
 def test_every_attack_says_how_it_gets_labels_and_what_it_assumes() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dlgbench.case import Case
 from dlgbench.chains import chain
 from dlgbench.leak import Leak
-from dlgbench.residual import Descent
+from dlgbench.residual import Layers
 from dlgbench.victims import network_of, secret_of
 
 from .clients import PHOTOS, case, leaked
@@ -37,7 +37,7 @@ def told(one: Case, leak: Leak | None = None) -> dict[str, Tensor]:
     assert isinstance(network.body, fx.GraphModule)
     chain(network, one.shape)
     parts = [{n: t[0].double() for n, t in part.items()} for part in leak or leaked(one)]
-    return {node.name: value for node, value in Descent(network.body, Leak(*parts)).values.items()}
+    return {node.name: value for node, value in Layers(network.body, Leak(*parts)).values.items()}
 
 
 def computed(one: Case) -> dict[str, Tensor]:

@@ -295,7 +295,7 @@ def test_a_batch_that_one_case_crashes_is_halved_until_the_others_have_run(
     def crash(batch: Sequence[Case], *rest: object) -> list[trial.Trial]:
         batches.append(len(batch))
         if cases[3] in batch and len(batch) > 1:
-            raise trial.Crowded
+            raise trial.BatchFailed
         status: Status = "error" if cases[3] in batch else "done"
         return [(Record(case=case, status=status), b"") for case in batch]
 
