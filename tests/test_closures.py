@@ -98,7 +98,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 
 def of_every_activation(cases: int) -> tuple[Attack, Leak]:
     """An attack on a small network that has all of them: compiling one for each takes minutes."""
-    layers = [layer for kind in (nn.ReLU, *MODULES) for layer in (nn.Linear(12, 12), kind())]
+    kinds: tuple[type[nn.Module], ...] = (nn.ReLU, *MODULES)
+    layers = [layer for kind in kinds for layer in (nn.Linear(12, 12), kind())]
     body = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), *layers, nn.Linear(12, 10))
     generator = torch.Generator().manual_seed(0)
     for parameter in body.parameters():
