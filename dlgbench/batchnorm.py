@@ -33,8 +33,11 @@ class BatchNorm2d(nn.Module):
         """
         if get_proxy_mode() is None:
             return F.batch_norm(features, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
-        output: Tensor = _Normalise.apply(features, weight, bias, self.eps)[0]
+        return self.scaled(normalised(features, self.eps))
+
+    def scaled(self, normal: Tensor) -> Tensor:
+        """What it makes of features that are `normalised`."""
+        output: Tensor = _Scaled.apply(normal, self.weight[:, None, None], self.bias[:, None, None])
         return output
 
 
@@ -47,69 +50,108 @@ class SharedBatchNorm2d(BatchNorm2d):
             self.register_buffer(name, torch.zeros_like(layer.bias.detach()), persistent=False)
 
 
-# Notation: x features, w weight, r = 1 / sqrt(var + eps), h = (x - mean) r, y = w h + b; g the gradient
-# of y.  With P v = v - mean(v) - h mean(h v), which is symmetric and maps to what r P does to h:
-#   dx = w r P g      dw = sum(g h)      db = sum(g)            (Ioffe and Szegedy 2015, section 3)
+def normalised(features: Tensor, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` of every channel of ``(image, channel, height, width)``."""
+    output: Tensor = _Normalised.apply(features, eps)[0]
+    return output
 
 
-class _Normalise(torch.autograd.Function):
-    """x, w, b, eps → y, h, r."""
+# Notation: x features, r = 1 / sqrt(var + eps), h = (x - mean) r; g the gradient of h.  With
+# P v = v - mean(v) - h mean(h v), which is symmetric and maps to what r P does to h:
+#   dx = r P g                                                  (Ioffe and Szegedy 2015, section 3)
+
+
+class _Normalised(torch.autograd.Function):
+    """x, eps → h, r"""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        count = x.numel() // x.shape[1]
-        centred = x - kept(_total(x) / count)
-        r = kept((_total(centred * centred) / count + eps).rsqrt())
-        h = centred * r
-        return h * w + b, h, r
+    def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        centred = x - kept(_mean(x))
+        r = kept((_mean(centred * centred) + eps).rsqrt())
+        return centred * r, r
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs[:2], *output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, h, r = ctx.saved_tensors
-        return *_Gradient.apply(g, x, w, h, r), None
+    def backward(ctx: Any, g: Tensor, unused: Tensor) -> tuple[Tensor, None]:
+        return _Gradient.apply(g, *ctx.saved_tensors), None
 
 
 class _Gradient(torch.autograd.Function):
-    """g, x, w, h, r → dx, dw, db; of h and r, which x determines, the derivative is in that of x."""
+    """g, x, h, r → dx; of h and r, which x determines, the derivative is in that of x."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, w: Tensor, h: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = x.numel() // x.shape[1]
-        dw, db = _total(g * h), _total(g)
-        scale = kept(w * r)
-        return g * scale - h * kept(scale * dw / count) - kept(scale * db / count), dw, db
+    def forward(g: Tensor, x: Tensor, h: Tensor, r: Tensor) -> Tensor:
+        return g * r - h * kept(r * _mean(g * h)) - kept(r * _mean(g))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        g, _, *others = inputs
+        ctx.save_for_backward(g, *others)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of u.dx in g and x.
+
+        In g it is r P u.  In x: dx depends on x by r, whose gradient is -r^2 h / n, and by h, whose gradient
+        along v is r P v.
+        """
+        g, h, r = ctx.saved_tensors
+        square, mean_g, mean_hg, mean_u, mean_hu = r * r, _mean(g), _mean(h * g), _mean(u), _mean(h * u)
+        in_g = u * r - h * kept(r * mean_hu) - kept(r * mean_u)
+        of_h = kept(square * (mean_g * mean_u + 3 * mean_hg * mean_hu - _mean(g * u)))
+        in_x = h * of_h - u * kept(square * mean_hg) - g * kept(square * mean_hu)
+        return in_g, in_x + kept(square * (mean_u * mean_hg + mean_g * mean_hu)), None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """h, w, b → y = h w + b"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return h * w + b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _ScaledGradient.apply(g, *ctx.saved_tensors)
+        return gradients
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The gradient g of y, h, w → dh, dw, db"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return g * w, _total(g * h)[0], _total(g)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of u.dx + a.dw + b.db in g, x and w.
+    def backward(ctx: Any, u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of u.dh + a.dw + b.db in g, h and w."""
+        g, h, w = ctx.saved_tensors
+        return u * w + h * a + b, g * a, _total(g * u)[0]
 
-        In g it is w r P u + a h + b.  In x: dx = w r (g - db/n - h dw/n) depends on x by r, whose
-        gradient is -r^2 h / n, and by h, whose gradient along v is r P v; so does dw, by h.
-        """
-        g, x, w, h, r, dw, db = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        mean_u, mean_hu = _total(u) / count, _total(h * u) / count
-        in_w = r * (_total(g * u) - db * mean_u - dw * mean_hu)
-        scale = kept(w * r)
-        along_h = kept(a - scale * mean_hu)
-        in_g = u * scale + h * along_h + kept(b - scale * mean_u)
-        of_g, of_u = kept(r * along_h), kept(-r * scale * dw / count)
-        of_h = kept(-(scale * in_w + of_g * dw) / count - of_u * mean_hu)
-        in_x = g * of_g + u * of_u + h * of_h - kept(of_g * db / count + of_u * mean_u)
-        return in_g, in_x, in_w, None, None
+
+def _mean(values: Tensor) -> Tensor:
+    return _total(values) / (values.numel() // values.shape[1])
 
 
 def _total(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dlgbench import dense
 from dlgbench.errors import UsageError, unknown
 from dlgbench.stochastic import DIVERGENCE, Bottleneck, Stochastic, divergence
 
@@ -52,7 +53,7 @@ class Network(nn.Module):
 
         Behind them, where the head is behind a bottleneck, the code in it.
         """
-        logits = self.body(self.normalise(images))
+        logits = dense.run(self.body, self.normalise(images))
         return tuple(logits) if isinstance(logits, tuple) else (logits,)
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Batch norm behind concatenations, in graphs that are going to be compiled.
+
+Every layer of a DenseNet (Huang et al. 2017, section 3) normalises all channels of the layers before it.
+But a channel's mean and deviation are its own, whatever it is concatenated with: so each is normalised
+once here, and every layer scales what it is given of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from dlgbench.batchnorm import BatchNorm2d, normalised
+from dlgbench.bilinear import kept
+
+
+def run(body: nn.Module, features: Tensor) -> Any:
+    """``body(features)``; where a graph of it is being traced, with every channel normalised once."""
+    traced = get_proxy_mode() is not None
+    return _Sharing(body).run(features) if traced and isinstance(body, fx.GraphModule) else body(features)
+
+
+class _Sharing(fx.Interpreter):
+    """All batch norms behind concatenations scale the same normalised features."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__(body)
+        self._parts: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}  # of all concatenations, by their id
+        self._normal: dict[tuple[float, ...], Tensor] = {}
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        output = super().call_function(target, args, kwargs)
+        if target is torch.cat and [*args[1:], *kwargs.values()] == [1]:
+            self._parts[id(output)] = output, args[0]
+        return output
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if type(layer) is not BatchNorm2d or id(args[0]) not in self._parts:
+            return super().call_module(target, args, kwargs)
+        return layer.scaled(self._normalised(self._parts[id(args[0])][1], layer.eps))
+
+    def _normalised(self, parts: Sequence[Tensor], eps: float) -> Tensor:
+        key = (eps, *map(id, parts))
+        if key not in self._normal:
+            halves = [self._normalised(some, eps) for some in (parts[:-1], parts[-1:]) if len(parts) > 1]
+            self._normal[key] = joined(*halves) if halves else normalised(parts[0], eps)
+        return self._normal[key]
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """The channels of both, with derivatives that are joined and split like them."""
+    output: Tensor = _Joined.apply(first, second)
+    return output
+
+
+class _Joined(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat((first, second), 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.size = inputs[0].shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        parts: tuple[Tensor, Tensor] = _Split.apply(gradient, ctx.size)
+        return parts
+
+
+class _Split(torch.autograd.Function):
+    """Both in memory of their own: the one sums up what else would wait; the other would keep the one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        whole = _kept(values)
+        return whole[:, :size].clone(), _kept(whole[:, size:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, None]:
+        return joined(first, second), None
+
+
+def _kept(images: Tensor) -> Tensor:
+    return kept(images.movedim(1, -1)).movedim(-1, 1)
