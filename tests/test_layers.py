@@ -25,9 +25,11 @@ FLOORS: Sequence[set[str]] = (
         "shifts",
         "adam",
         "doctor",
+        "prefixes",
     },
     {"batchnorm", "winograd"},
-    {"convolution", "prepare", "datasets", "metrics", "optim"},
+    {"convolution", "dense", "datasets", "metrics", "optim"},
+    {"prepare"},
     {"defenses.base", "equations"},  # some change the network
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
     {"leak", "case", "training", "defenses"},
