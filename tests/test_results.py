@@ -72,12 +72,15 @@ def test_the_benchmark_in_the_readme_is_the_published_one() -> None:
 
 def test_what_the_readme_says_of_the_deep_networks_follows_from_the_benchmarks() -> None:
     tables = [RESULTS.root / "tables" / f"{name}.json" for name in ("bench", "bench-epyc")]
-    here, there = (json.loads(table.read_text(encoding="utf-8"))["closures"][1:] for table in tables)
+    records = [json.loads(table.read_text(encoding="utf-8")) for table in tables]
+    here, there = (record["closures"][1:] for record in records)
     shares = [[100 * row["of GEMM"] for row in rows] for rows in (here, there)]
     ratios = [row["ratio"] for row in there]
     lows, highs = map(min, shares), map(max, shares)
     said = [f"at {low:.0f} to {high:.0f} %" for low, high in zip(lows, highs, strict=True)]
+    memory = [row["ratio"] for row in records[1]["memory"][1:]]
     said.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast")
+    said.append(f"{min(memory):.2f} to {max(memory):.2f} of its memory")
     assert all(text in README for text in said), said
 
 
