@@ -29,27 +29,36 @@ class _Sharing(fx.Interpreter):
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__(body)
-        self._parts: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}  # of all concatenations, by their id
-        self._normal: dict[tuple[float, ...], Tensor] = {}
+        self._parts: dict[object, tuple[Tensor, Sequence[Tensor], object]] = {}  # of all concatenations
+        self._normal: dict[object, Tensor] = {}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_function(target, args, kwargs)
         if target is torch.cat and [*args[1:], *kwargs.values()] == [1]:
-            self._parts[id(output)] = output, args[0]
+            self._parts[_state([output])] = output, args[0], _state(args[0])
         return output
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
-        if type(layer) is not BatchNorm2d or id(args[0]) not in self._parts:
-            return super().call_module(target, args, kwargs)
-        return layer.scaled(self._normalised(self._parts[id(args[0])][1], layer.eps))
+        if type(layer) is BatchNorm2d:
+            _, parts, before = self._parts.get(_state(args), (None, (), None))
+            if before == _state(parts):
+                return layer.scaled(self._normalised(parts, layer.eps))
+        return super().call_module(target, args, kwargs)
 
     def _normalised(self, parts: Sequence[Tensor], eps: float) -> Tensor:
-        key = (eps, *map(id, parts))
-        if key not in self._normal:
-            halves = [self._normalised(some, eps) for some in (parts[:-1], parts[-1:]) if len(parts) > 1]
-            self._normal[key] = joined(*halves) if halves else normalised(parts[0], eps)
+        key = eps, _state(parts)
+        if key not in self._normal and len(parts) == 1:
+            self._normal[key] = normalised(parts[0], eps)
+        elif key not in self._normal:
+            first, second = (self._normalised(some, eps) for some in (parts[:-1], parts[-1:]))
+            self._normal[key] = joined(first, second)
         return self._normal[key]
+
+
+def _state(tensors: Sequence[Tensor]) -> object:
+    """Equal for the same tensors until one is written to."""
+    return tuple((id(tensor), tensor._version) for tensor in tensors)
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

@@ -64,6 +64,30 @@ def test_every_channel_is_normalised_once(normalisations: list[int], step: int) 
     assert normalisations == [3, 2, 2]
 
 
+class Written(nn.Module):
+    """Features that are written to after they were normalised once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, (3, 3, 3, 3)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        part = features * 2
+        before: Tensor = self.norms[0](torch.cat([part], 1))
+        part.sigmoid_()
+        after = torch.cat([part], 1)
+        between = self.norms[1](after)
+        part.square_()
+        result: Tensor = before * between * self.norms[2](after) * self.norms[3](after.exp_())
+        return result
+
+
+@pytest.mark.usefixtures("normalisations")
+def test_what_is_written_to_is_normalised_again() -> None:
+    body = made(Written())
+    torch.testing.assert_close(dense.run(body, features()), body(features()), rtol=1e-12, atol=1e-12)
+
+
 class Run(nn.Module):
     """What `dense.run` makes of a body, as a module."""
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dlgbench import bench, records, render
+from dlgbench import bench, measure, records, render
+from dlgbench.compiler import expected_seconds
+from dlgbench.leak import Leak
 from dlgbench.metrics import TIERS, tier
 from dlgbench.records import Manifest
 from dlgbench.store import Store
+from dlgbench.victims import network_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Store(ROOT / "results")
@@ -82,6 +85,15 @@ def test_what_the_readme_says_of_the_deep_networks_follows_from_the_benchmarks()
     said.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast")
     said.append(f"{min(memory):.2f} to {max(memory):.2f} of its memory")
     assert all(text in README for text in said), said
+
+
+@pytest.mark.parametrize("name", ["bench", "bench-epyc"])
+def test_compiling_takes_about_what_is_expected(name: str) -> None:
+    record = json.loads((RESULTS.root / "tables" / f"{name}.json").read_text(encoding="utf-8"))
+    for row in record["closures"]:
+        network = network_of(measure.case(row["network"]))
+        weights = {name: weight.detach() for name, weight in network.named_parameters()}
+        assert 0.5 < expected_seconds(Leak(weights, {}, {})) / row["compile s"] < 2
 
 
 def test_the_readme_is_short_and_its_pictures_exist() -> None:
