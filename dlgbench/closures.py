@@ -21,12 +21,12 @@ TOLERANCE = 0.01
 WIDTH = {"cpu": 2, "cuda": 256}
 """How many cases of one or two images of 32 px a call takes, by device.  On a CPU core more gain little
 (LeNet: 0.30, not 0.32 ms a case), and the fewer, the fewer calls are filled up with what nobody wants."""
-READS = 8
-"""What inductor makes of so many tensors it works out anew for all who need it, where by itself it keeps what
-it makes of five.  The memory of a DenseNet's closure falls by a tenth, and no time is lost."""
 EAGER = {"cpu": 16}
 """How many an eager call takes at least, where it takes several: they share what every operation costs
 (LeNet: 1.4, not 3.1 ms a case)."""
+READS = 8
+"""What inductor makes of so many tensors it works out anew for all who need it, where by itself it keeps what
+it makes of five: a DenseNet of 18 layers takes 127, not 142 MB, and no longer."""
 
 
 class Miscompiled(RuntimeError):

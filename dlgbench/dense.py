@@ -29,7 +29,8 @@ class _Sharing(fx.Interpreter):
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__(body)
-        self._parts: dict[object, tuple[Tensor, Sequence[Tensor], object]] = {}  # of all concatenations
+        # of all concatenations (held, or others would get their ids): what they are of, and its state then
+        self._parts: dict[object, tuple[Tensor, Sequence[Tensor], object]] = {}
         self._normal: dict[object, Tensor] = {}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -85,7 +86,8 @@ class _Joined(torch.autograd.Function):
 
 
 class _Split(torch.autograd.Function):
-    """Both in memory of their own: the one sums up what else would wait; the other would keep the one."""
+    """The whole is summed up here, or all its summands would wait for who needs it; and the second part is in
+    memory of its own, or who needs that later would keep the whole."""
 
     generate_vmap_rule = True
 
@@ -104,4 +106,5 @@ class _Split(torch.autograd.Function):
 
 
 def _kept(images: Tensor) -> Tensor:
+    """With channels innermost in memory."""
     return kept(images.movedim(1, -1)).movedim(-1, 1)

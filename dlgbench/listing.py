@@ -22,15 +22,15 @@ def tables() -> Group:
     plans = _table("plans", "asks")
     for name in plan.shipped():
         plans.add_row(Text(name), Text(plan.find(name).title))
-    tables = []
+    kinds = []
     for registry in KINDS.values():
         table = _table(f"{registry.kind}s", "is", "options and their defaults")
         for entry in registry.entries.values():
             table.add_row(
                 Text(entry.name), Text(entry.summary), Text("\n".join(map(_option, entry.options.values())))
             )
-        tables.append(table)
-    return Group(plans, *tables)
+        kinds.append(table)
+    return Group(plans, *kinds)
 
 
 def as_json() -> str:

@@ -29,8 +29,9 @@ def prefixed(graph: fx.Graph) -> None:
 def _parts(graph: fx.Graph) -> dict[fx.Node, Part]:
     """Where else to find every concatenation that another starts with, and all that is concatenated."""
     longer = {node.args[0][0]: node for node in graph.nodes if node.target is CAT and node.args[1:] == (1,)}
+    grown = {node for first, node in longer.items() if node in longer or first in longer.values()}
     parts: dict[fx.Node, Part] = {}
-    for node in (node for pair in longer.items() if pair[0] in longer.values() for node in pair):
+    for node in (node for node in longer.values() if node in grown):
         whole, start = node, 0
         while whole in longer:
             whole = longer[whole]

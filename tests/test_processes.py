@@ -64,7 +64,7 @@ def test_children_that_are_done_end_by_themselves(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("two")
-def test_what_fails_in_a_child_is_crowded() -> None:
+def test_what_fails_in_a_child_fails_the_batch() -> None:
     impossible = [replace(case, channels=2) for case in CASES]
     with pytest.raises(BatchFailed):
         processes.run(impossible, PHOTOS, Setup("cpu"), lambda *progress: None)
@@ -93,7 +93,7 @@ def pipe() -> Iterator[tuple[Connection, Connection]]:
     ours.close()
 
 
-def test_a_child_that_is_killed_is_crowded(pipe: tuple[Connection, Connection]) -> None:
+def test_a_child_that_is_killed_fails_the_batch(pipe: tuple[Connection, Connection]) -> None:
     pipe[1].close()
     with pytest.raises(BatchFailed):
         processes._gather([pipe[0]], Compiler(), lambda *progress: None)

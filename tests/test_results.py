@@ -84,6 +84,7 @@ def test_what_the_readme_says_of_the_deep_networks_follows_from_the_benchmarks()
     memory = [row["ratio"] for row in records[1]["memory"][1:]]
     said.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as fast")
     said.append(f"{min(memory):.2f} to {max(memory):.2f} of its memory")
+    said.append(f"are {bench._show(records[1]['reconstructions'][1]['ratio'])} there")
     assert all(text in README for text in said), said
 
 
