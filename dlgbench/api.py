@@ -7,18 +7,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlgbench import defenses, provenance, trial
 from dlgbench.attacks.base import Attack, Task
 from dlgbench.callbacks import Guard
 from dlgbench.errors import UsageError
-from dlgbench.leak import Leak
+from dlgbench.leak import Leak, Tensors
 from dlgbench.metrics import assign, judged, trivial
-from dlgbench.networks import Shape, adapted
+from dlgbench.models import adapted, withhold
+from dlgbench.networks import Shape
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
 
-Gradient = Sequence[Tensor] | Mapping[str, Tensor]
+Gradient = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
 
 class Found(NamedTuple):
@@ -49,6 +51,7 @@ def reconstruct(
     steps: int = 30,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
+    heads: Sequence[float] = (1.0,),
     seed: int = 0,
     accelerator: str = "auto",
     seconds: float = float("inf"),
@@ -56,12 +59,16 @@ def reconstruct(
     """Attack ``gradient``, which ``model`` gave for a batch of ``shape`` (image, channel, height, width).
 
     The gradient is of the batch's mean cross entropy, in the order of ``model.parameters()`` or by their
-    names, and the model in the mode, train or eval, in which it was taken.  ``mean`` and ``std`` normalise
-    pixels in [0, 1] before the model.  ``attack`` is a name with options, as ``dlgbench list`` tells them; it
-    ends after ``steps`` or ``seconds``.  Raises UsageError where something does not fit.
+    names, None or absent where none is shared, and the model in the mode in which it was taken.  ``mean`` and
+    ``std`` normalise pixels in [0, 1] before the model; ``heads`` are the weights of its heads' losses, where
+    it gives several tensors of logits.  ``attack`` is a name with options, as ``dlgbench list`` tells them;
+    it ends after ``steps`` or ``seconds``.  Raises UsageError where something does not fit.
     """
-    network = adapted(model, shape, mean, std).to(trial.device_of(accelerator))
-    leak = _leak(model, gradient, network, shape[0])
+    shared = _shared(model, gradient)
+    network = adapted(model, shape, mean, std, heads)
+    withhold(network, [name for name, _ in model.named_parameters() if name not in shared])
+    network = network.to(trial.device_of(accelerator))
+    leak = _leak(network, shared, shape[0])
     classes = network.get_submodule(network.head).out_features
     assert isinstance(classes, int)
     if "trains" in ATTACKS.entry(ATTACKS.spec(attack).name).facts:
@@ -72,25 +79,35 @@ def reconstruct(
     provenance.exact_float32()
     trial.quieten()
     trainer = trial.trainer_on(accelerator, [Guard(1, seconds)])
-    trainer.fit(made, trial.Frozen(leak, steps))
+    with sdpa_kernel(SDPBackend.MATH):  # the only one whose derivative can be differentiated
+        trainer.fit(made, trial.Frozen(leak, steps))
     found = made.result
     return Found(found.images[0].clamp(0, 1), found.labels[0], float(found.relative[0]))
 
 
-def _leak(model: nn.Module, gradient: Gradient, network: Network, images: int) -> Leak:
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    given = dict(gradient if isinstance(gradient, Mapping) else zip(weights, gradient, strict=False))
-    if given.keys() != weights.keys() or len(gradient) != len(weights):
-        raise UsageError(f"expected a gradient for each of {len(weights)} parameters, got {len(gradient)}")
-    for name, weight in weights.items():
-        shape = getattr(given[name], "shape", None)  # what is not trained has the gradient None
-        if shape != weight.shape:
-            told = None if shape is None else tuple(shape)
-            raise UsageError(f"gradient of {name}: expected the shape {tuple(weight.shape)}, got {told}")
+def _shared(model: nn.Module, gradient: Gradient) -> Tensors:
+    """The gradient's tensors by the names of the parameters; without those that are None."""
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    if isinstance(gradient, Mapping):
+        given, fits = dict(gradient), gradient.keys() <= shapes.keys()
+    else:
+        given, fits = dict(zip(shapes, gradient, strict=False)), len(gradient) == len(shapes)
+    if not fits:
+        raise UsageError(
+            f"expected a gradient, or None, for each of {len(shapes)} parameters, got {len(gradient)}"
+        )
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != shapes[name]:
+            expected, came = tuple(shapes[name]), tuple(tensor.shape)
+            raise UsageError(f"gradient of {name}: expected the shape {expected}, got {came}")
+    return {name: tensor.detach() for name, tensor in given.items() if tensor is not None}
+
+
+def _leak(network: Network, shared: Tensors, images: int) -> Leak:
     drawn = network.draw_masks(images, torch.Generator())
     state = {name: b for name, b in network.named_buffers() if name.startswith("body.") and name not in drawn}
     return Leak(
-        {f"body.{name}": weight[None].to(network.mean) for name, weight in weights.items()},
+        {name: weight.detach()[None] for name, weight in network.named_parameters()},
         {name: buffer[None] for name, buffer in state.items()},
-        {f"body.{name}": given[name].detach()[None].to(network.mean) for name in weights},
+        {f"body.{name}": tensor[None].to(network.mean) for name, tensor in shared.items()},
     )

@@ -9,7 +9,7 @@ equation, but it is an input of the next layer that is known to be 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,7 +76,7 @@ def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | No
         if node.op == "placeholder":
             return None, layers
         module = body.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, Conv2d | nn.Linear) and _size(node.all_input_nodes[0]).numel() <= LARGEST:
+        if _solvable(module, _size(node.all_input_nodes[0])):
             (below,) = node.all_input_nodes
             layers.insert(0, Layer(f"body.{node.target}", module, _size(below), _size(node), activation))
             activation = None
@@ -85,6 +85,12 @@ def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | No
         elif not isinstance(module, nn.Flatten | nn.Identity) and node.target is not torch.flatten:
             break
     return trunk(body, [below]), layers
+
+
+def _solvable(module: nn.Module | None, inputs: torch.Size) -> TypeGuard[Conv2d | nn.Linear]:
+    """Whether it is such a layer, and sees all of its input at once if it is linear."""
+    linear = type(module) is nn.Linear and len(inputs) == 1
+    return (linear or isinstance(module, Conv2d)) and inputs.numel() <= LARGEST
 
 
 def solve(layers: Sequence[Layer], leak: Leak) -> tuple[Tensor, Tensor]:

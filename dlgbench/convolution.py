@@ -49,6 +49,13 @@ class Conv2d(nn.Module):
         return Window.of((high, wide), self.stride[0], (top, left), (height, width))
 
 
+def suited(layer: nn.Conv2d) -> nn.Module:
+    """``layer`` as a `Conv2d` where it can be one, else as it is."""
+    one = layer.groups, *layer.dilation, layer.stride[0] - layer.stride[1] + 1
+    plain = set(one) == {1} and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return Conv2d(layer) if plain else layer
+
+
 def _fastest(window: Window, images: int, weight: Tensor) -> _Method | None:
     """None where PyTorch's own convolution is."""
     outputs, inputs = weight.shape[:2]

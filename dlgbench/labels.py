@@ -77,9 +77,21 @@ def head(network: Network, leak: Leak, grey: Tensor) -> tuple[Tensor, Tensor]:
     slopes = torch.zeros_like(rows[:, 0]) if bias is None else leak.gradients[f"{network.head}.bias"]
     slopes = slopes / network.heads[0]
     feature = inputs(network, leak.weights, leak.buffers, grey, [network.head])[network.head].mean(0)
+    if bias is None and len(grey) == 1:
+        feature = _only(rows, feature)
     if slopes.any() and rows.sum(0).norm() <= DISTURBED * rows.abs().sum(0).norm():
         absent = slopes > 0
         feature = torch.where(rows.any(0), rows[absent].sum(0) / slopes[absent].sum(), feature)
     else:
         slopes = (rows @ feature + slopes) / (feature.square().sum() + (bias is not None))
     return F.linear(feature, weight, bias).softmax(0).nan_to_num(), slopes.nan_to_num()
+
+
+def _only(rows: Tensor, like: Tensor) -> Tensor:
+    """The direction of one image's feature, of which all rows are multiples, whatever its signs.
+
+    Most of them are of absent classes, by p > 0; of two classes it is the one that is more ``like``.
+    """
+    along = rows.T @ (rows @ rows[rows.norm(dim=1).argmax()])
+    most = (rows @ along).sign().sum().sign()
+    return torch.where(most == 0, (along @ like).sign(), most) * along

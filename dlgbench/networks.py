@@ -6,8 +6,7 @@ classes.  Its weights are drawn from torch's default generator, which `build` se
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,8 +15,8 @@ from torch import nn
 
 from dlgbench.batchnorm import BatchNorm2d, SharedBatchNorm2d
 from dlgbench.convolution import Conv2d
-from dlgbench.errors import Unsuitable, UsageError
-from dlgbench.prepare import Network, initialise, probe, replace_activation
+from dlgbench.errors import Unsuitable
+from dlgbench.prepare import Network, initialise, probe, replace_activation, swap
 from dlgbench.registry import NETWORKS, Spec
 from dlgbench.stochastic import Dropout
 
@@ -56,29 +55,6 @@ def check(spec: Spec, shape: Shape, classes: int, protect: Protect) -> None:
     """Raise what `build` would raise, without its memory and time."""
     with torch.device("meta"):
         protect(NETWORKS.make(spec, shape, classes), shape)
-
-
-def adapted(model: nn.Module, shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Network:
-    """A classifier of one's own as a network under attack: a copy of its weights, in its mode.
-
-    In train mode its batch norm uses the batch's statistics and its dropout draws what the attacker does not
-    know.  ``mean`` and ``std`` normalise pixels in [0, 1] before it.  Raises UsageError where it cannot be
-    traced or does not take images of this ``shape`` to one tensor of logits by a last linear layer.
-    """
-    try:
-        body = replace_activation(copy.deepcopy(model).cpu(), "relu")
-        _swap(body, nn.Dropout, lambda layer: Dropout(layer.p) if model.training else nn.Identity())
-        _swap(body, nn.BatchNorm2d, NORMS["train" if model.training else "eval"])
-        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        network = Network(body, mean, std).to(dtype)
-        _swap(body, nn.Conv2d, Conv2d)
-        probe(network, shape)
-        head = network.get_submodule(network.head)
-    except Exception as error:  # of torch.fx, of the model's own
-        raise UsageError(f"expected a classifier of images {shape} that torch.fx traces: {error}") from error
-    if not isinstance(head, nn.Linear):
-        raise UsageError(f"expected a classifier whose last layer is nn.Linear, got {type(head).__name__}")
-    return network.requires_grad_(False)
 
 
 @NETWORKS.register(
@@ -176,7 +152,7 @@ def inception_v3(
 def _small(body: nn.Module, shape: Shape, activation: Activation, init: str) -> Network:
     network = Network(replace_activation(body, activation))
     initialise(network, init, activation)
-    _swap(network, nn.Conv2d, Conv2d)
+    swap(network, nn.Conv2d, Conv2d)
     probe(network, shape)
     return network
 
@@ -192,11 +168,11 @@ def _torchvision(
     heads: tuple[float, ...] = (1.0,),
 ) -> Network:
     body = replace_activation(body.train(), activation)
-    _swap(body, nn.Dropout, lambda layer: nn.Identity() if dropout == "off" else Dropout(layer.p))
-    _swap(body, nn.BatchNorm2d, NORMS[batchnorm])
+    swap(body, nn.Dropout, lambda layer: nn.Identity() if dropout == "off" else Dropout(layer.p))
+    swap(body, nn.BatchNorm2d, NORMS[batchnorm])
     network = Network(body, IMAGENET_MEAN, IMAGENET_STD, heads, mask_known=dropout == "known")
     initialise(network, init, activation)
-    _swap(network, nn.Conv2d, Conv2d)
+    swap(network, nn.Conv2d, Conv2d)
     try:
         probe(network, shape)
     except (RuntimeError, ValueError) as error:
@@ -204,10 +180,3 @@ def _torchvision(
             f"{name} (batchnorm={batchnorm}) cannot take {shape[0]} image(s) of {shape[-1]} px: {error}"
         ) from error
     return network
-
-
-def _swap(root: nn.Module, kind: type[nn.Module], replace: Callable[..., nn.Module]) -> None:
-    for parent in list(root.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is kind:
-                setattr(parent, name, replace(child))

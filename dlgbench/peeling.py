@@ -27,7 +27,7 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple
     Where ReLU leaves the equations underdetermined, images are filled smoothly.  Computed in float64; what
     the leak was rounded to is amplified from layer to layer; where it is too much, no more are solved.
     """
-    if f"{network.head}.bias" not in leak.gradients:
+    if f"{network.head}.bias" not in leak.gradients or _withheld(network):
         return
     trunk, layers = chains.chain(network, shape)
     small = shape[0] == 1 and (trunk is None or math.prod(shape) <= _solver(trunk).LARGEST)
@@ -36,6 +36,11 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple
         images = solve(network, leak.row(case), shape)
         if images is not None and images.isfinite().all():
             yield case, images.to(network.mean).clamp(0, 1)
+
+
+def _withheld(network: Network) -> bool:
+    """Whether there are parameters of whose gradient nothing is shared: they are buffers."""
+    return any(name.rpartition(".")[2] in ("weight", "bias") for name, _ in network.named_buffers())
 
 
 def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:

@@ -120,14 +120,25 @@ class _Swap(fx.Transformer):
         module = self.submodules[target]
         if isinstance(module, nn.ReLU):
             return self.activation(args[0])
+        if isinstance(module, nn.Hardsigmoid):
+            return _hardsigmoid(args[0])
         if (name := MODULES.get(type(module))) and str(module) == str(type(module)()):
             return ACTIVATIONS[name](args[0])
+        if isinstance(module, nn.LogSoftmax):  # behind a head: its own cross entropy is that of the logits
+            return super().call_function(torch.log_softmax, args, {"dim": module.dim})
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in (F.relu, torch.relu, torch.relu_):
             return self.activation(args[0])
+        if target is F.hardsigmoid:
+            return _hardsigmoid(args[0])
         return super().call_function(target, args, kwargs)
+
+
+def _hardsigmoid(features: Any) -> Any:
+    """PyTorch's own has no second derivative."""
+    return (features / 6 + 0.5).clamp(0, 1)
 
 
 def replace_activation(body: nn.Module, activation: str) -> nn.Module:
@@ -135,6 +146,14 @@ def replace_activation(body: nn.Module, activation: str) -> nn.Module:
     swap = _Swap(fx.symbolic_trace(body))
     swap.activation = ACTIVATIONS[activation]
     return swap.transform()
+
+
+def swap(root: nn.Module, kind: type[nn.Module], replace: Callable[..., nn.Module]) -> None:
+    """Put what ``replace`` makes of it in the place of every layer of this very ``kind``."""
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is kind:
+                setattr(parent, name, replace(child))
 
 
 def probe(network: Network, shape: tuple[int, ...]) -> None:

@@ -145,8 +145,9 @@ class Layers:
         return type(self._layer(node)) is Conv2d
 
     def _norm(self, node: fx.Node) -> bool:
-        """Whether it is batch norm in eval mode: for train mode the package has its own."""
-        return type(self._layer(node)) is nn.BatchNorm2d
+        """Whether it is batch norm with weights in eval mode: for train mode the package has its own."""
+        layer = self._layer(node)
+        return type(layer) is nn.BatchNorm2d and layer.affine and not layer.training
 
     def _scale(self, norm: fx.Node) -> Tensor:
         """By what batch norm in eval mode multiplies each channel, ``(channel, 1, 1)``."""

@@ -20,7 +20,7 @@ from dlgbench.case import Case, DType
 from dlgbench.closures import Closure, Values, width_for
 from dlgbench.compiler import Compiler
 from dlgbench.leak import Leak, stack
-from dlgbench.networks import adapted
+from dlgbench.models import adapted
 from dlgbench.prepare import ACTIVATIONS, MODULES
 from dlgbench.registry import ATTACKS, DATASETS, DEFENSES, NETWORKS
 from dlgbench.trial import attack_on

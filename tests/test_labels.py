@@ -15,7 +15,7 @@ from dlgbench import masks, networks
 from dlgbench.defenses import make
 from dlgbench.labels import logits, recover
 from dlgbench.leak import Leak, Tensors, gradients
-from dlgbench.prepare import Network
+from dlgbench.prepare import Network, replace_activation
 from dlgbench.registry import NETWORKS
 from dlgbench.victims import network_of, secret_of
 
@@ -57,6 +57,22 @@ def one_hot(labels: Tensor) -> Tensor:
 def test_one_images_label_is_always_found(name: str, activation: str, bias: bool) -> None:
     for seed in range(3):
         assert recovered(f"{name}:activation={activation}", [7 * seed], bias, seed) == [7 * seed]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("classes", [3, 20])
+def test_one_images_label_is_found_of_features_that_are_no_nearer_to_greys(classes: int, bias: bool) -> None:
+    """Normalised ones, as before the head of a transformer: iDLG needs features that are not negative."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        head, images = nn.Linear(48, classes, bias), torch.rand(1, 3, 4, 4, generator=generator)
+        for weight in head.parameters():
+            nn.init.normal_(weight, generator=generator)
+        body = replace_activation(nn.Sequential(nn.Flatten(), nn.LayerNorm(48, bias=False), head), "relu")
+        network, truth = Network(body), torch.tensor([seed % classes])
+        weights = {name: weight.detach() for name, weight in network.named_parameters()}
+        shared = gradients(network, weights, {}, images, F.one_hot(truth, classes).float())
+        assert recover(network, Leak(weights, {}, shared), torch.full_like(images, 0.5)) == truth
 
 
 def test_of_several_heads_the_first_tells() -> None:

@@ -32,7 +32,7 @@ FLOORS: Sequence[set[str]] = (
     {"prepare"},
     {"defenses.base", "equations"},  # some change the network
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
-    {"leak", "case", "training", "defenses"},
+    {"leak", "case", "training", "defenses", "models"},
     {"defenses.lightning"},
     {"closures", "labels", "masks", "newton", "residual", "inversion"},
     {"compiler", "continuation", "chains", "topdown"},
