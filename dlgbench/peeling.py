@@ -54,8 +54,11 @@ def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | N
     told = sum(layers.values[node].numel() for node in inversion.frontier(network.body, layers.values))
     if told < ENOUGH * math.prod(shape):
         return None
-    labels = (layers.features @ leak.weights[f"{network.head}.weight"].double().T).argmin(1)
-    return inversion.invert(network, leak, layers.values, shape)[labels.argsort(stable=True)]
+    weight = leak.weights[f"{network.head}.weight"].double()
+    if shape[0] > 1 and weight.shape[1] != layers.features.shape[1]:
+        return None  # whose image is whose is not known where more than the head is above
+    found = inversion.invert(network, leak, layers.values, shape)
+    return found[(layers.features @ weight.T).argmin(1).argsort(stable=True)] if shape[0] > 1 else found
 
 
 def _exactly(leak: Leak) -> Leak:
