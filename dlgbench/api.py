@@ -66,7 +66,7 @@ def reconstruct(
     """
     shared = _shared(model, gradient)
     network = adapted(model, shape, mean, std, heads)
-    withhold(network, [name for name, _ in model.named_parameters() if name not in shared])
+    withhold(network, shared.keys())
     network = network.to(trial.device_of(accelerator))
     leak = _leak(network, shared, shape[0])
     classes = network.get_submodule(network.head).out_features
@@ -106,8 +106,6 @@ def _shared(model: nn.Module, gradient: Gradient) -> Tensors:
 def _leak(network: Network, shared: Tensors, images: int) -> Leak:
     drawn = network.draw_masks(images, torch.Generator())
     state = {name: b for name, b in network.named_buffers() if name.startswith("body.") and name not in drawn}
-    return Leak(
-        {name: weight.detach()[None] for name, weight in network.named_parameters()},
-        {name: buffer[None] for name, buffer in state.items()},
-        {f"body.{name}": tensor[None].to(network.mean) for name, tensor in shared.items()},
-    )
+    weights = {name: weight.detach()[None] for name, weight in network.named_parameters()}
+    gradients = {name: shared[name.removeprefix("body.")][None].to(network.mean) for name in weights}
+    return Leak(weights, {name: buffer[None] for name, buffer in state.items()}, gradients)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +67,16 @@ def _norm(layer: nn.BatchNorm2d) -> nn.Module:
     return BatchNorm2d(layer) if layer.affine and layer.running_mean is None else layer
 
 
-def withhold(network: Network, parameters: Collection[str]) -> None:
-    """Make buffers of the body's ``parameters`` of whose gradient nothing is shared.
+def withhold(network: Network, shared: Set[str]) -> None:
+    """Make buffers of all parameters of the body but those that are ``shared``, of which there is a gradient.
 
-    Raises UsageError where the head's weight, of which labels are read, is among them.
+    Raises UsageError where the head's weight, of which labels are read, is not among these.
     """
     head = f"{network.head.removeprefix('body.')}.weight"
-    if head in parameters:
+    if head not in shared:
         raise UsageError(f"expected the gradient of the last layer's weight, {head}, got None")
-    for path, _, name in (parameter.rpartition(".") for parameter in parameters):
+    own = dict(network.body.named_parameters())
+    for path, _, name in (parameter.rpartition(".") for parameter in own.keys() - shared):
         layer = network.body.get_submodule(path)
         value = getattr(layer, name).detach()
         delattr(layer, name)

@@ -95,6 +95,27 @@ def test_layers_between_the_convolutions_and_the_head_do_no_harm(
         assert found.compared(private)[0]["outcome"] == "recognisable"  # measured: 25.7 dB
 
 
+class Spare(nn.Module):
+    """A head that is not used in eval mode, as in GoogLeNet and Inception."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.head = nn.Linear(768, 5), nn.Linear(768, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        x = x.flatten(1)
+        return (self.head(x), self.spare(x)) if self.training else self.head(x)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_layers_that_are_not_used_do_not_matter(zeros: bool) -> None:
+    model, private = seeded(Spare())[0].eval(), photos(1, 16)
+    loss = F.cross_entropy(model((private - 0.5) / 0.25), torch.tensor([3]))
+    gradient = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=zeros)
+    found = api.reconstruct(model, gradient, (1, 3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, steps=1)
+    assert found.compared(private)[0]["outcome"] == "exact"
+
+
 class Attentive(nn.Module):
     """Attention over patches, by the module and by the function."""
 
