@@ -8,8 +8,8 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from dlgbench import convolution
 from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.convolution import suited
 from dlgbench.errors import UsageError
 from dlgbench.networks import Shape
 from dlgbench.prepare import Network, probe, replace_activation, swap
@@ -59,7 +59,7 @@ def _body(model: nn.Module) -> nn.Module:
                 setattr(layer, name, value)
     swap(body, nn.Dropout, lambda layer: Dropout(layer.p) if layer.training else nn.Identity())
     swap(body, nn.BatchNorm2d, _norm)
-    swap(body, nn.Conv2d, convolution.suited)
+    swap(body, nn.Conv2d, suited)
     return body
 
 

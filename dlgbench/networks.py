@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 from dlgbench.batchnorm import BatchNorm2d, SharedBatchNorm2d
-from dlgbench.convolution import Conv2d
+from dlgbench.convolution import suited
 from dlgbench.errors import Unsuitable
 from dlgbench.prepare import Network, initialise, probe, replace_activation, swap
 from dlgbench.registry import NETWORKS, Spec
@@ -125,6 +125,24 @@ def densenet121(
 
 
 @NETWORKS.register(
+    "mobilenet_v2", resolution=224, preparation="crop", batch=1, channels=3, classes=1000, closure_seconds=1.0
+)
+def mobilenet_v2(
+    shape: Shape,
+    classes: int,
+    *,
+    activation: Activation = "sigmoid",
+    init: str = "default",
+    batchnorm: BatchNorm = "train",
+    dropout: DropoutMode = "fresh",
+) -> Network:
+    """MobileNetV2 (Sandler et al. 2018) of torchvision, with ReLU for its ReLU6."""
+    body = torchvision.models.mobilenet_v2(weights=None, num_classes=classes)
+    swap(body, nn.ReLU6, lambda layer: nn.ReLU())
+    return _torchvision("mobilenet_v2", body, shape, activation, init, batchnorm, dropout)
+
+
+@NETWORKS.register(
     "inception_v3",
     resolution=299,
     preparation="rescale",
@@ -152,7 +170,7 @@ def inception_v3(
 def _small(body: nn.Module, shape: Shape, activation: Activation, init: str) -> Network:
     network = Network(replace_activation(body, activation))
     initialise(network, init, activation)
-    swap(network, nn.Conv2d, Conv2d)
+    swap(network, nn.Conv2d, suited)
     probe(network, shape)
     return network
 
@@ -172,7 +190,7 @@ def _torchvision(
     swap(body, nn.BatchNorm2d, NORMS[batchnorm])
     network = Network(body, IMAGENET_MEAN, IMAGENET_STD, heads, mask_known=dropout == "known")
     initialise(network, init, activation)
-    swap(network, nn.Conv2d, Conv2d)
+    swap(network, nn.Conv2d, suited)
     try:
         probe(network, shape)
     except (RuntimeError, ValueError) as error:

@@ -32,7 +32,7 @@ CASE = Case(
     defense=DEFENSES.spec("none"), batch=2, resolution=32, preparation="fit", channels=3, classes=10,
     steps=1, dtype="float32", image=0, seed=0,
 )  # fmt: skip
-SMALLEST = {"inception_v3": 299, "resnet18": 64, "densenet121": 64}
+SMALLEST = {"inception_v3": 299, "resnet18": 64, "densenet121": 64, "mobilenet_v2": 64}
 """Sides in px for networks that take no 32, or whose batch norm of two values there says nothing; the graphs
 are those of any side."""
 
@@ -66,6 +66,7 @@ GRAPHS = [
         for activation in ACTIVATIONS
     ),
     "densenet121",
+    "mobilenet_v2:dropout=known",
     "inception_v3:dropout=known",
 ]
 

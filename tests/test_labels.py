@@ -21,7 +21,7 @@ from dlgbench.victims import network_of, secret_of
 
 from .clients import PHOTOS, case, leaked
 
-SIDES = {"resnet18": 64, "densenet121": 64, "inception_v3": 299}
+SIDES = {"resnet18": 64, "densenet121": 64, "mobilenet_v2": 64, "inception_v3": 299}
 CLASSES = 20
 
 
@@ -53,7 +53,7 @@ def one_hot(labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
-@pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "resnet18", "densenet121", "mobilenet_v2"])
 def test_one_images_label_is_always_found(name: str, activation: str, bias: bool) -> None:
     for seed in range(3):
         assert recovered(f"{name}:activation={activation}", [7 * seed], bias, seed) == [7 * seed]

@@ -26,11 +26,24 @@ PUBLISHED = [
     ("lenet_dlg", 3, 100, 85_036),
     ("resnet18", 3, 1000, 11_689_512),
     ("densenet121", 3, 1000, 7_978_856),
+    ("mobilenet_v2", 3, 1000, 3_504_872),
     ("inception_v3", 3, 1000, 27_161_264),
 ]
+
+
+def mobilenet_v2(**options: object) -> nn.Module:
+    """torchvision's, with ReLU for ReLU6."""
+    model: nn.Module = torchvision.models.mobilenet_v2(**options)
+    for layer in model.modules():
+        for name, child in layer.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(layer, name, nn.ReLU())
+    return model
+
+
 DEEP: dict[str, Callable[..., nn.Module]] = {
     "resnet18": torchvision.models.resnet18, "densenet121": torchvision.models.densenet121,
-    "inception_v3": torchvision.models.inception_v3,
+    "mobilenet_v2": mobilenet_v2, "inception_v3": torchvision.models.inception_v3,
 }  # fmt: skip
 NAMED: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda x: 1 / (1 + (-x).exp()), "relu": lambda x: x.clamp_min(0), "tanh": Tensor.tanh,
@@ -139,6 +152,7 @@ def test_lenet_dlg_is_the_papers(side: int) -> None:
     [
         ("resnet18:activation=relu", 64),
         ("densenet121:activation=relu", 64),
+        ("mobilenet_v2:activation=relu,dropout=off", 64),
         ("inception_v3:activation=relu,dropout=off", 299),
     ],
 )
@@ -165,6 +179,7 @@ def other_activation(name: str) -> Callable[..., Tensor]:
 CASES = [
     *(("resnet18", activation, 224) for activation in ACTIVATIONS),
     ("densenet121", "sigmoid", 224),
+    ("mobilenet_v2", "sigmoid", 224),
     ("inception_v3", "sigmoid", 299),
 ]
 
@@ -351,7 +366,7 @@ def test_batch_norm_in_train_mode_has_no_buffers() -> None:
     assert torch.equal(built("resnet18")(images)[0], built("resnet18")(images)[0])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
 def test_batch_norm_in_eval_mode_uses_its_running_statistics(name: str) -> None:
     network, images = built(f"{name}:activation=relu,batchnorm=eval"), pixels(3, 64)
     state = {key: tensor.clone() for key, tensor in network.named_buffers()}
@@ -421,6 +436,7 @@ def test_inception_takes_one_image_in_eval_mode() -> None:
         ("lenet_dlg", True),
         ("resnet18", False),
         ("densenet121", False),
+        ("mobilenet_v2", False),
         ("inception_v3", False),
         ("inception_v3:dropout=off", False),
         ("resnet18:batchnorm=eval", True),
