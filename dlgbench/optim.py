@@ -42,7 +42,8 @@ class LBFGS(torch.optim.Optimizer):
     options are torch's.  A row whose objective is no longer finite stops where that happened.
 
     With n numbers in a row and m = ``history_size``, a row needs 2mn + O(m^2) numbers of memory, and
-    an iteration O(mn + m^2) time: it reads the 2mn numbers of the history twice.
+    an iteration O(mn + m^2) time: it reads the 2mn numbers of the history twice; of a history that is not
+    yet full, only what there is.
     """
 
     def __init__(
@@ -214,7 +215,8 @@ class _History:
 
     The pairs are a ring buffer, and so are the small matrices, in the same order of slots.  Instead
     of R (theorem 2.2) its inverse is kept: a new pair adds a column to it and the oldest leaves by
-    its row and column, so no triangular system has to be solved.  Slots not yet used are zero.
+    its row and column, so no triangular system has to be solved.  Slots not yet used are zero, and
+    those that no row uses yet are not read.
     """
 
     def __init__(self, size: int, tolerance: float, like: Tensor) -> None:
@@ -222,9 +224,10 @@ class _History:
         small = like.new_zeros((), dtype=torch.float64)
         self.size = size
         self.tolerance = tolerance
-        self.pairs = like.new_zeros(rows, 2 * size, numbers)  # every s, then every y
+        self.used = 0  # slots, from the first on, that some row has used
+        self.pairs = like.new_zeros(rows, size, 2, numbers)  # s and y
         self.inverse = small.new_zeros(rows, size, size)  # R^-1, transposed
-        self.products = small.new_zeros(rows, 2 * size)  # of every pair with the gradient seen last
+        self.products = small.new_zeros(rows, size, 2)  # of every pair with the gradient seen last
         self.yy = small.new_zeros(rows, size, size)
         self.curvature = small.new_zeros(rows, size)  # the diagonal of R: s.y of every pair
         self.scale = small.new_ones(rows, 1)  # gamma: H's first guess is gamma times the identity
@@ -235,12 +238,16 @@ class _History:
         sy, spans = (s * y).sum(1).double(), _spans(rows.tolist())
         new = (sy > self.tolerance).nonzero().squeeze(1)
         kept, slots = rows[new], self.slots[rows[new]]
-        self.pairs[kept, slots], self.pairs[kept, slots + self.size] = s[new], y[new]
-        products = _times(gradient, self.pairs.mT, spans).double()
+        self.pairs[kept, slots] = torch.stack([s[new], y[new]], 1)
+        self.used = max([self.used, *(slots + 1).tolist()])
+        pairs = self.pairs[:, : self.used].flatten(1, 2)
+        products = _times(gradient, pairs.mT, spans).double().unflatten(1, (self.used, 2))
         if len(kept) > 0:
             self._extend(rows, new, spans, products, sy[new], (y[new] * y[new]).sum(1).double())
-        self.products[rows] = products
-        return self._product(rows, spans, gradient, products)
+        self.products[rows, : self.used] = products
+        scale = self.scale[rows]
+        weights = self._weights(rows, spans, scale, *products.unbind(2)).flatten(1).to(gradient)
+        return _times(weights, pairs, spans).addcmul_(scale.to(gradient), gradient, value=-1)
 
     def forget(self, row: int) -> None:
         """Drop the pairs of ``row`` but for the scale that they gave, or, if there are none, shrink that."""
@@ -256,27 +263,28 @@ class _History:
 
         ``products`` are those of all pairs with the gradients; less the last ones, those with y.
         """
-        size, kept = self.size, rows[new]
+        kept, used = rows[new], self.used
         slots = self.slots[kept]
-        change = products - self.products[rows]
-        change[new, slots], change[new, slots + size] = sy, yy
+        change = products - self.products[rows, :used]
+        change[new, slots] = torch.stack([sy, yy], 1)
         self.inverse[kept, slots], self.inverse[kept, :, slots] = 0.0, 0.0  # the oldest pair leaves
-        column = _times(change[:, :size], self.inverse, spans)[new] / -sy[:, None]
+        column = _times(change[..., 0], self.inverse[:, :used, :used], spans)[new] / -sy[:, None]
         column[range(len(new)), slots] = 1 / sy
-        self.inverse[kept, slots] = column
-        self.yy[kept, slots] = self.yy[kept, :, slots] = change[new, size:]
+        self.inverse[kept, slots, :used] = column
+        self.yy[kept, slots, :used] = self.yy[kept, :used, slots] = change[new, :, 1]
         self.curvature[kept, slots] = sy
         self.scale[kept, 0] = sy / yy
-        self.slots[kept] = (slots + 1) % size
+        self.slots[kept] = (slots + 1) % self.size
 
-    def _product(self, rows: Tensor, spans: Spans, gradient: Tensor, products: Tensor) -> Tensor:
-        """Theorem 2.2, read from right to left; ``products`` are those of the pairs with the gradient."""
-        scale, sg, yg = self.scale[rows], products[:, : self.size], products[:, self.size :]
-        u = _times(sg, self.inverse, spans)
-        v = _times(u, self.yy, spans).sub_(yg).mul_(scale).addcmul_(self.curvature[rows], u)
-        w = _times(v, self.inverse.mT, spans)
-        weights = torch.cat([-w, scale * u], 1).to(gradient)
-        return _times(weights, self.pairs, spans).addcmul_(scale.to(gradient), gradient, value=-1)
+    def _weights(self, rows: Tensor, spans: Spans, scale: Tensor, sg: Tensor, yg: Tensor) -> Tensor:
+        """Of every s and y in the direction, ``(row, slot, 2)``: theorem 2.2, read from right to left.
+
+        ``sg`` and ``yg`` are their products with the gradient.
+        """
+        inverse, yy = (matrix[:, : self.used, : self.used] for matrix in (self.inverse, self.yy))
+        u = _times(sg, inverse, spans)
+        v = _times(u, yy, spans).sub_(yg).mul_(scale).addcmul_(self.curvature[rows, : self.used], u)
+        return torch.stack([-_times(v, inverse.mT, spans), scale * u], 2)
 
 
 def _spans(rows: list[int]) -> Spans:
