@@ -216,9 +216,10 @@ def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
     for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
         words = re.sub("[:,](?! )", r"\g<0> ", short(group.label, 76))
         words = " ".join(word.replace("=", "= ") if len(word) > 20 else word for word in words.split())
-        name = "\n".join(map(plain, textwrap.wrap(words, 20)))
-        page.text(MARGIN, y, name, color=group.colour, va="top", weight="bold", size=9)
-        page.text(MARGIN, y + 106, group.tally.replace(" (", "\n("), color=MUTED, va="top", size=8)
+        lines = [*map(plain, textwrap.wrap(words, 20))]
+        page.text(MARGIN, y, "\n".join(lines), color=group.colour, va="top", weight="bold", size=8)
+        below = y + max(106, 20 * len(lines) + 6)
+        page.text(MARGIN, below, group.tally.replace(" (", "\n("), color=MUTED, va="top", size=8)
         for x, record in zip(range(270, WIDTH, 220), group.trials[:MOST_TRIALS], strict=False):
             for left, images in zip((x, x + 103), read(record, pictures) or [BLANK, BLANK], strict=False):
                 page.imshow(images[0, 0], extent=(left, left + 100, y + 100, y), aspect="auto")
