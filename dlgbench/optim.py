@@ -241,7 +241,7 @@ class _History:
         self.pairs[kept, slots] = torch.stack([s[new], y[new]], 1)
         self.used = max([self.used, *(slots + 1).tolist()])
         pairs = self.pairs[:, : self.used].flatten(1, 2)
-        products = _times(gradient, pairs.mT, spans).double().unflatten(1, (self.used, 2))
+        products = _times(gradient, pairs.mT, spans).double().view(len(rows), self.used, 2)
         if len(kept) > 0:
             self._extend(rows, new, spans, products, sy[new], (y[new] * y[new]).sum(1).double())
         self.products[rows, : self.used] = products
