@@ -72,18 +72,18 @@ def head(network: Network, leak: Leak, grey: Tensor) -> tuple[Tensor, Tensor]:
     Gradients", section 4).  Where it does not, a defence has changed its entries, and where the bias'
     is missing, all of the gradient is projected onto what enters the head for a grey image.
     """
-    weight, bias = leak.weights[f"{network.head}.weight"], leak.weights.get(f"{network.head}.bias")
+    state, told = leak.weights | leak.buffers, leak.gradients.get(f"{network.head}.bias")
+    weight, bias = state[f"{network.head}.weight"], state.get(f"{network.head}.bias")
     rows = leak.gradients[f"{network.head}.weight"] / network.heads[0]
-    slopes = torch.zeros_like(rows[:, 0]) if bias is None else leak.gradients[f"{network.head}.bias"]
-    slopes = slopes / network.heads[0]
+    slopes = torch.zeros_like(rows[:, 0]) if told is None else told / network.heads[0]
     feature = inputs(network, leak.weights, leak.buffers, grey, [network.head])[network.head].mean(0)
-    if bias is None and len(grey) == 1:
+    if told is None and len(grey) == 1:
         feature = _only(rows, feature)
     if slopes.any() and rows.sum(0).norm() <= DISTURBED * rows.abs().sum(0).norm():
         absent = slopes > 0
         feature = torch.where(rows.any(0), rows[absent].sum(0) / slopes[absent].sum(), feature)
     else:
-        slopes = (rows @ feature + slopes) / (feature.square().sum() + (bias is not None))
+        slopes = (rows @ feature + slopes) / (feature.square().sum() + (told is not None))
     return F.linear(feature, weight, bias).softmax(0).nan_to_num(), slopes.nan_to_num()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dlgbench import masks, networks
 from dlgbench.defenses import make
-from dlgbench.labels import logits, recover
+from dlgbench.labels import head, logits, recover
 from dlgbench.leak import Leak, Tensors, gradients
 from dlgbench.prepare import Network, replace_activation
 from dlgbench.registry import NETWORKS
@@ -73,6 +73,17 @@ def test_one_images_label_is_found_of_features_that_are_no_nearer_to_greys(class
         weights = {name: weight.detach() for name, weight in network.named_parameters()}
         shared = gradients(network, weights, {}, images, F.one_hot(truth, classes).float())
         assert recover(network, Leak(weights, {}, shared), torch.full_like(images, 0.5)) == truth
+
+
+def test_a_bias_of_which_no_gradient_is_shared_still_counts() -> None:
+    """The prediction is then that of grey images, as the network itself gives it."""
+    network = networks.build(NETWORKS.spec("lenet_dlg"), (2, 3, 32, 32), CLASSES, 0)
+    weights: Tensors = dict(network.named_parameters())
+    grey, bias = torch.full((2, 3, 32, 32), 0.5), f"{network.head}.bias"
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    shared = gradients(network, weights, {}, images, one_hot(torch.tensor([3, 17])))
+    leak = Leak(weights, {bias: weights.pop(bias)}, {name: shared[name] for name in weights})
+    torch.testing.assert_close(head(network, leak, grey)[0], network(grey)[0][0].softmax(0))
 
 
 def test_of_several_heads_the_first_tells() -> None:
