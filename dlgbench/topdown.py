@@ -86,6 +86,8 @@ class Descent:
         self.state = {name.removeprefix("body."): t for name, t in (leak.weights | leak.buffers).items()}
         self.wanted = {name.removeprefix("body."): leak.gradients[name] for name in counted}
         self.forks = forks(network)
+        known = (n.target for n in self.body.graph.nodes if n.target in ACTIVATIONS.values())
+        self.activation = next(known, None)
         self.known: dict[fx.Node, Known] = {}
 
     def images(self, start: Tensor, pixels: Transform, generator: torch.Generator) -> Tensor | None:
@@ -110,9 +112,8 @@ class Descent:
         channels = self._channels(node)
         if channels is None:
             return None
-        known = next(n.target for n in self.body.graph.nodes if n.target in ACTIVATIONS.values())
         normed, weight, bias = channels[:, :, None, None]
-        return Units(cast(Transform, known), normed > 0, weight, bias)
+        return Units(cast(Transform, self.activation), normed > 0, weight, bias)
 
     def _channels(self, node: fx.Node) -> Tensor | None:
         """Whether each channel of ``node`` is normed, and the norm's weights and biases, ``(3, channel)``."""
@@ -120,7 +121,7 @@ class Descent:
         if each and all(part is not None for part in each):
             joined = torch.cat([part for part in each if part is not None], 1)
             return joined if node.target is torch.cat else torch.zeros_like(joined)
-        norm = node.all_input_nodes[0].target if node.target in ACTIVATIONS.values() else None
+        norm = node.all_input_nodes[0].target if node.target is self.activation else None
         if not isinstance(norm, str) or not isinstance(self.body.get_submodule(norm), BatchNorm2d):
             return None
         weight = self.state[f"{norm}.weight"]
