@@ -51,9 +51,9 @@ class Conv2d(nn.Module):
 
 def suited(layer: nn.Conv2d) -> nn.Module:
     """``layer`` as a `Conv2d` where it can be one, else as it is."""
-    one = layer.groups, *layer.dilation, layer.stride[0] - layer.stride[1] + 1
-    plain = set(one) == {1} and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return Conv2d(layer) if plain else layer
+    one = layer.groups == 1 and set(layer.dilation) == {1} and len(set(layer.stride)) == 1
+    zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return Conv2d(layer) if one and zeros else layer
 
 
 def _fastest(window: Window, images: int, weight: Tensor) -> _Method | None:

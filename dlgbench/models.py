@@ -17,8 +17,10 @@ from dlgbench.stochastic import Dropout
 
 ROUNDING = 1e-3
 """How far the logits of a network may be from its model's, in units of the largest."""
-STATISTICS = "running_mean", "running_var", "num_batches_tracked"
-"""What a norm keeps of earlier batches, which in train mode it does not use."""
+STATELESS: dict[str, bool | None] = {
+    "track_running_stats": False, "running_mean": None, "running_var": None, "num_batches_tracked": None,
+}  # fmt: skip
+"""How a norm keeps nothing of earlier batches, which in train mode it does not use."""
 
 
 def adapted(
@@ -54,8 +56,7 @@ def _body(model: nn.Module) -> nn.Module:
     body = replace_activation(model, "relu")
     for layer in body.modules():  # of whatever norm
         if getattr(layer, "track_running_stats", False) and layer.training:
-            own = {"track_running_stats": False} | dict.fromkeys(STATISTICS)
-            for name, value in own.items():
+            for name, value in STATELESS.items():
                 setattr(layer, name, value)
     swap(body, nn.Dropout, lambda layer: Dropout(layer.p) if layer.training else nn.Identity())
     swap(body, nn.BatchNorm2d, _norm)
@@ -75,12 +76,12 @@ def withhold(network: Network, shared: Set[str]) -> None:
     head = f"{network.head.removeprefix('body.')}.weight"
     if head not in shared:
         raise UsageError(f"expected the gradient of the last layer's weight, {head}, got None")
-    own = dict(network.body.named_parameters())
-    for path, _, name in (parameter.rpartition(".") for parameter in own.keys() - shared):
-        layer = network.body.get_submodule(path)
-        value = getattr(layer, name).detach()
-        delattr(layer, name)
-        layer.register_buffer(name, value)
+    for parameter, value in list(network.body.named_parameters()):
+        if parameter not in shared:
+            path, _, name = parameter.rpartition(".")
+            layer = network.body.get_submodule(path)
+            delattr(layer, name)
+            layer.register_buffer(name, value.detach())
 
 
 def _check(network: Network, model: nn.Module, shape: Shape) -> None:
