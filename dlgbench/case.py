@@ -15,7 +15,7 @@ PROTOCOL = 3
 """Part of every case's identity: raise it when the same case would give other numbers.
 
 Where these are the cases of one attack only, raise the ``revision`` that it is registered with: a number,
-or a table from ``FIELD=VALUE`` to number with a ``default``.
+or a table from ``FIELD=VALUE``, several with commas, to number with a ``default``: the first that holds.
 """
 
 DType = Literal["float32", "float64"]
@@ -104,8 +104,8 @@ class Case:
         return found
 
     def _holds(self, where: str) -> bool:
-        path, equals, value = where.partition("=")
-        return bool(equals) and str(self.get(path)) == value
+        pairs = [part.partition("=") for part in where.split(",")]
+        return all(equals and str(self.get(path)) == value for path, equals, value in pairs)
 
     def identity(self) -> dict[str, Any]:
         """`plain` without what cases once lacked, where it has the value that was meant then."""

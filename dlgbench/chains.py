@@ -8,7 +8,7 @@ equation, but it is an input of the next layer that is known to be 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -19,8 +19,7 @@ from torch.nn.grad import conv2d_input
 from dlgbench import leastsquares
 from dlgbench.convolution import Conv2d
 from dlgbench.equations import Equations
-from dlgbench.inversion import trunk
-from dlgbench.leak import Leak, Tensors
+from dlgbench.leak import Leak
 from dlgbench.prepare import ACTIVATIONS, Network
 from dlgbench.spectrum import Spectrum
 
@@ -35,7 +34,7 @@ MISFIT = 1e-2
 below would be solved for in vain.  Measured on lenet_dlg, float32: at most 1e-5 of true gradients."""
 
 Activation = Callable[[Tensor], Tensor]
-Fill = Callable[[Equations, Tensor, torch.Size], Tensor]
+Fill = Callable[[Equations, Tensor, torch.Size], Tensor | None]
 INVERSES: dict[Activation, Activation] = {
     ACTIVATIONS["sigmoid"]: lambda outputs: torch.logit(outputs, EDGE),
     ACTIVATIONS["tanh"]: lambda outputs: torch.atanh(outputs.clamp(EDGE - 1, 1 - EDGE)),
@@ -45,10 +44,12 @@ INVERSES: dict[Activation, Activation] = {
 
 
 class Layer(NamedTuple):
-    """A layer with weights; shapes without the batch's dimension, the output's before the activation."""
+    """A layer with weights and where its input comes from; shapes without the batch's dimension, the output's
+    before the activation."""
 
     name: str
     module: Conv2d | nn.Linear
+    source: fx.Node
     inputs: torch.Size
     outputs: torch.Size
     activation: Activation | None
@@ -62,29 +63,38 @@ class Outputs(NamedTuple):
     slope: Tensor
 
 
-def chain(network: Network, shape: tuple[int, ...]) -> tuple[fx.GraphModule | None, list[Layer]]:
-    """The layers above the lowest that can be inverted, bottom first, and the network below them if any."""
+class Inputs(NamedTuple):
+    """What a layer sees, as solved for, and the loss's gradient there."""
+
+    layer: Layer
+    value: Tensor
+    slope: Tensor
+
+
+def chain(network: Network, shape: tuple[int, ...]) -> list[Layer]:
+    """The layers above the lowest that can be inverted, bottom first."""
     body = network.body
     assert isinstance(body, fx.GraphModule)
     ShapeProp(body).propagate(torch.zeros(shape).to(network.mean))
     (node,) = (node for node in body.graph.nodes if node.op == "output")
-    below = node.all_input_nodes[0]
     layers: list[Layer] = []
     activation: Activation | None = None
     while len(node.all_input_nodes) == 1 and len(node.all_input_nodes[0].users) == 1:
-        node = node.all_input_nodes[0]
+        (node,) = node.all_input_nodes
         if node.op == "placeholder":
-            return None, layers
+            break
         module = body.get_submodule(node.target) if node.op == "call_module" else None
         if _solvable(module, _size(node.all_input_nodes[0])):
             (below,) = node.all_input_nodes
-            layers.insert(0, Layer(f"body.{node.target}", module, _size(below), _size(node), activation))
+            layers.insert(
+                0, Layer(f"body.{node.target}", module, below, _size(below), _size(node), activation)
+            )
             activation = None
         elif node.target in INVERSES and activation is None:
             activation = node.target
         elif not isinstance(module, nn.Flatten | nn.Identity) and node.target is not torch.flatten:
             break
-    return trunk(body, [below]), layers
+    return layers
 
 
 def _solvable(module: nn.Module | None, inputs: torch.Size) -> TypeGuard[Conv2d | nn.Linear]:
@@ -93,25 +103,23 @@ def _solvable(module: nn.Module | None, inputs: torch.Size) -> TypeGuard[Conv2d 
     return (linear or isinstance(module, Conv2d)) and inputs.numel() <= LARGEST
 
 
-def solve(layers: Sequence[Layer], leak: Leak) -> tuple[Tensor, Tensor]:
-    """The input of the lowest of a chain's ``layers`` and the loss's gradient there, for one image.
+def solve(layers: Sequence[Layer], leak: Leak) -> Iterator[Inputs]:
+    """What the ``layers`` of a chain see, from the head down, as far as their equations tell.
 
-    ``leak`` is one case's, in float64.  Where it is no gradient of any image, the input is not finite.
+    ``leak`` is one case's, of one image, in float64.  Where it is no gradient of any image, the last value
+    is not finite.
     """
     slope = leak.gradients[f"{layers[-1].name}.bias"]  # of one image, that is the loss's in the logits
     outputs = Outputs(slope, torch.ones_like(slope, dtype=torch.bool), slope)
     for layer, below in zip(reversed(layers), [*reversed(layers[:-1]), None], strict=True):
-        gradient = leak.gradients[f"{layer.name}.weight"]
-        if isinstance(layer.module, nn.Linear):
-            inputs, slope = _linear(layer, leak.weights, gradient, outputs)
-        else:
-            fill = _rectified if below and below.activation is ACTIVATIONS["relu"] else _smooth
-            inputs, slope = _convolution(layer, leak.weights, gradient, outputs, fill)
-        if not inputs.isfinite().all():
-            break
-        if below is not None:
-            outputs = _undo(below.activation, inputs.view(below.outputs), slope.view(below.outputs))
-    return inputs, slope
+        fill = _rectified if below and below.activation is ACTIVATIONS["relu"] else _smooth
+        inputs = _solved(layer, leak, outputs, fill)
+        if inputs is None:
+            return
+        yield inputs
+        if below is None or not inputs.value.isfinite().all():
+            return
+        outputs = _undo(below.activation, inputs.value.view(below.outputs), inputs.slope.view(below.outputs))
 
 
 def _size(node: fx.Node) -> torch.Size:
@@ -132,27 +140,24 @@ def _undo(activation: Activation | None, values: Tensor, slope: Tensor) -> Outpu
     return Outputs(before.detach(), known, slope)
 
 
-def _linear(layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """A linear layer's input, read off the gradient ``slope ⊗ input`` of its weight, and the slope there."""
-    slope = outputs.slope
-    return slope @ gradient / slope.square().sum(), slope @ weights[f"{layer.name}.weight"]
-
-
-def _convolution(
-    layer: Layer, weights: Tensors, gradient: Tensor, outputs: Outputs, fill: Fill
-) -> tuple[Tensor, Tensor]:
-    """A convolution's input, where the equations leave it open as ``fill`` has it, and the slope there."""
-    assert isinstance(layer.module, Conv2d)
-    weight, bias = weights[f"{layer.name}.weight"], weights.get(f"{layer.name}.bias")
+def _solved(layer: Layer, leak: Leak, outputs: Outputs, fill: Fill) -> Inputs | None:
+    """What a layer sees; where a convolution's equations leave it open, as ``fill`` has it."""
+    weight, gradient = (part[f"{layer.name}.weight"] for part in (leak.weights, leak.gradients))
+    if isinstance(layer.module, nn.Linear):  # its weight's gradient is ``slope ⊗ input``
+        slope = outputs.slope
+        return Inputs(layer, slope @ gradient / slope.square().sum(), slope @ weight)
+    bias = leak.weights.get(f"{layer.name}.bias")
     forward = outputs.value if bias is None else outputs.value - bias[:, None, None]
     equations = Equations(layer.module, weight, layer.inputs, outputs.known, outputs.slope)
     wanted = equations.wanted(forward, gradient)
     found = fill(equations, wanted, layer.inputs)
+    if found is None:
+        return None
     found = torch.where(equations.misfit(found, wanted) > MISFIT, torch.nan, found)
     slope = conv2d_input(  # type: ignore[no-untyped-call]
         (1, *layer.inputs), weight, outputs.slope[None], layer.module.stride, layer.module.padding
     )
-    return found.view(layer.inputs), slope[0]
+    return Inputs(layer, found.view(layer.inputs), slope[0])
 
 
 def _smooth(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
@@ -162,6 +167,6 @@ def _smooth(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
     return grey + leastsquares.solve(equations, rest, spectrum.covariance(), spectrum.covariance(-1))
 
 
-def _rectified(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor:
-    """The solution without negative entries: most are 0, which makes up for what equations are missing."""
+def _rectified(equations: Equations, wanted: Tensor, shape: torch.Size) -> Tensor | None:
+    """The one without negative entries: most are 0, which makes up for what equations are missing."""
     return leastsquares.solve_nonnegative(equations, wanted)

@@ -11,8 +11,8 @@ DAMPING, REFINEMENTS = 1e-11, 4
 """Tikhonov's term, in units of the mean eigenvalue, and steps of iterative refinement that undo it."""
 TOLERANCE = 1e-8
 """What counts as 0 in the optimality conditions, in units of the largest entry."""
-PIVOTS, PATIENCE = 100, 3
-"""Exchanges at most, and how many whole ones may fail to help before single ones are made."""
+PATIENCE = 10
+"""How many exchanges, one after another, may fail to help."""
 
 
 class Linear(Protocol):
@@ -39,18 +39,19 @@ def solve(linear: Linear, wanted: Tensor, covariance: Tensor, precision: Tensor)
     return _refined(linear, gram, wanted, everything)
 
 
-def solve_nonnegative(linear: Linear, wanted: Tensor) -> Tensor:
+def solve_nonnegative(linear: Linear, wanted: Tensor) -> Tensor | None:
     """The solution of least norm without negative entries: those that the plain one has become zeros.
 
     By block principal pivoting (Kim and Park 2011, "Fast nonnegative matrix factorization: an
     active-set-like method and comparisons", algorithm 2): a set of entries is free, the others are 0,
-    and entries that violate the conditions of optimality change sides until there are none.
+    and entries that violate the conditions of optimality change sides until there are none.  None where
+    they go on changing, as they do where many solutions are about as good.
     """
     gram, pulls = linear.gram(), linear.transposed(wanted)
     least = TOLERANCE * pulls.abs().max()
     free = torch.ones_like(pulls, dtype=torch.bool)
     fewest, patience = len(free) + 1, PATIENCE
-    for _ in range(PIVOTS):
+    while patience > 0:
         damped = gram[free][:, free]
         damped.diagonal().add_(DAMPING * damped.diagonal().mean())
         found = _refined(linear, damped, wanted, free)
@@ -58,16 +59,10 @@ def solve_nonnegative(linear: Linear, wanted: Tensor) -> Tensor:
         wrong = torch.where(free, found < -TOLERANCE * found.abs().max(), pull > least)
         count = int(wrong.sum())
         if count == 0:
-            break
+            return found.clamp_min(0)
         fewest, patience = (count, PATIENCE) if count < fewest else (fewest, patience - 1)
-        free ^= wrong if patience >= 0 else _last(wrong)
-    return found.clamp_min(0)
-
-
-def _last(chosen: Tensor) -> Tensor:
-    last = torch.zeros_like(chosen)
-    last[chosen.nonzero()[-1]] = True
-    return last
+        free ^= wrong
+    return None
 
 
 def _refined(linear: Linear, damped: Tensor, wanted: Tensor, free: Tensor) -> Tensor:

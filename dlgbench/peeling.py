@@ -29,9 +29,10 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple
     """
     if f"{network.head}.bias" not in leak.gradients or _withheld(network):
         return
-    trunk, layers = chains.chain(network, shape)
-    small = shape[0] == 1 and (trunk is None or math.prod(shape) <= _solver(trunk).LARGEST)
-    solve = partial(_peel, trunk, layers) if layers and small else _descend
+    layers = chains.chain(network, shape)
+    below = _below(network, layers[0]) if layers else None
+    small = shape[0] == 1 and (below is None or math.prod(shape) <= _solver(below).LARGEST)
+    solve = partial(_peel, layers) if layers and small else _descend
     for case in range(len(leak.gradients[f"{network.head}.bias"])):
         images = solve(network, leak.row(case), shape)
         if images is not None and images.isfinite().all():
@@ -67,22 +68,30 @@ def _exactly(leak: Leak) -> Leak:
 
 
 def _peel(
-    trunk: fx.GraphModule | None,
-    layers: Sequence[chains.Layer],
-    network: Network,
-    leak: Leak,
-    shape: tuple[int, ...],
+    layers: Sequence[chains.Layer], network: Network, leak: Leak, shape: tuple[int, ...]
 ) -> Tensor | None:
-    """One case's image, layer by layer; None where the leak is no gradient of any."""
-    weights, _, gradients = leak = _exactly(leak)
-    inputs, slope = chains.solve(layers, leak)
-    if not inputs.isfinite().all():
+    """One case's image, layer by layer, and as a whole what these leave; None where it is no gradient's."""
+    leak = _exactly(leak)
+    for found in chains.solve(layers, leak):
+        if not found.value.isfinite().all():
+            return None
+    rest = _below(network, found.layer)
+    if rest is None:
+        inputs = found.value
+    elif math.prod(shape) <= _solver(rest).LARGEST:
+        names = {f"body.{name}": name for name, _ in rest.named_parameters()}
+        weights, gradients = ({names[n]: part[n] for n in names} for part in (leak.weights, leak.gradients))
+        inputs = _solver(rest).solve(newton.Segment(rest, weights, gradients, *found[1:]), shape)
+    else:
         return None
-    if trunk is not None:
-        below_it = {f"body.{name}": name for name, _ in trunk.named_parameters()}
-        weights, gradients = ({below_it[n]: part[n] for n in below_it} for part in (weights, gradients))
-        inputs = _solver(trunk).solve(newton.Segment(trunk, weights, gradients, inputs, slope), shape)
     return inputs.view(shape) * network.std + network.mean
+
+
+def _below(network: Network, layer: chains.Layer) -> fx.GraphModule | None:
+    """What computes a layer's input from the image; None where it is the image."""
+    assert isinstance(network.body, fx.GraphModule)
+    bottom = layer.source.op == "placeholder"
+    return None if bottom else inversion.trunk(network.body, [layer.source])
 
 
 def _solver(trunk: fx.GraphModule) -> ModuleType:

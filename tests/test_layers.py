@@ -17,6 +17,7 @@ FLOORS: Sequence[set[str]] = (
         "images",
         "provenance",
         "linesearch",
+        "history",
         "bilinear",
         "window",
         "stochastic",

@@ -39,7 +39,9 @@ def solve(matrix: Tensor, wanted: Tensor, root: Tensor | None = None) -> Tensor:
 
 
 def solve_nonnegative(matrix: Tensor, wanted: Tensor) -> Tensor:
-    return leastsquares.solve_nonnegative(Dense(matrix), wanted)
+    found = leastsquares.solve_nonnegative(Dense(matrix), wanted)
+    assert found is not None
+    return found
 
 
 def system(seed: int, equations: int, unknowns: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +88,11 @@ def test_zeros_make_up_for_missing_equations(seed: int) -> None:
     matrix, wanted, truth = system(seed, equations=120, unknowns=200, share=0.1)
     assert float((solve(matrix, wanted) - truth).norm() / truth.norm()) > 0.1
     assert float((solve_nonnegative(matrix, wanted) - truth).abs().max()) < 1e-6
+
+
+def test_where_many_solutions_without_negative_entries_are_as_good_there_is_none() -> None:
+    matrix, wanted, _ = system(0, equations=100, unknowns=120, share=0.8)
+    assert leastsquares.solve_nonnegative(Dense(matrix), wanted) is None
 
 
 def test_equations_of_zeros_have_no_solution() -> None:

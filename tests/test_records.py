@@ -377,6 +377,8 @@ def test_the_identity_is_a_known_answer() -> None:
         ({"default": 1, "network.batchnorm=eval": 2}, f"[3, {IDENTITY}, 1]"),
         ({"default": 1, "network=lenet_dlg": 2}, f"[3, {IDENTITY}, 1]"),
         ({"network=lenet_dlg": 2}, f"[3, {IDENTITY}]"),
+        ({"default": 1, "network=resnet18,network.batchnorm=train": 2}, f"[3, {IDENTITY}, 2]"),
+        ({"default": 1, "network=resnet18,network.batchnorm=eval": 2}, f"[3, {IDENTITY}, 1]"),
     ],
 )
 def test_an_attacks_revision_for_such_a_case_is_part_of_the_identity(

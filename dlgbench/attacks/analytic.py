@@ -17,7 +17,12 @@ from dlgbench.registry import ATTACKS
     priors="smooth and pale where equations are missing",
     steps=1,
     ahead={"default": 0, "network=lenet_dlg": 500, "network.batchnorm=eval": 500},
-    revision={"default": 2, "network.batchnorm=eval": 4},
+    revision={
+        "default": 2,
+        "network.batchnorm=eval": 4,
+        "network=lenet5,network.activation=sigmoid,channels=1,batch=1": 3,
+        "network=lenet_dlg,network.activation=relu,batch=1": 3,
+    },
 )
 class Analytic(LabelsFirst):
     """Labels by counts, one image layer by layer in closed form (Zhu and Blaschko 2021, "R-GAP").

@@ -52,6 +52,8 @@ CLIPPED = 0.02
         "network=inception_v3": 8,
         "network.batchnorm=train": 5,
         "network.batchnorm=eval": 8,
+        "network=lenet5,network.activation=sigmoid,channels=1,batch=1": 6,
+        "network=lenet_dlg,network.activation=relu": 6,
         "network.activation=relu": 5,
     },
     positive=("learning_rate", "history", "iterations"),
