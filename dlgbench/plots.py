@@ -214,7 +214,7 @@ def gallery(groups: Sequence[Group], pictures: Path) -> Figure:
              "seed, none picked,\nfailures included; of a batch the first image.")  # fmt: skip
     figure, page = page_of(140 + 190 * len(groups), "Private images and their reconstructions", about)
     for y, group in zip(range(150, 150 + 190 * len(groups), 190), groups, strict=True):
-        words = re.sub("[:,](?! )", r"\g<0> ", short(group.label, 76))
+        words = re.sub("[:,](?! )", r"\g<0> ", short(group.label, 110))
         words = " ".join(word.replace("=", "= ") if len(word) > 20 else word for word in words.split())
         lines = [*map(plain, textwrap.wrap(words, 20))]
         page.text(MARGIN, y, "\n".join(lines), color=group.colour, va="top", weight="bold", size=8)
