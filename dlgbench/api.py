@@ -15,7 +15,7 @@ from dlgbench.callbacks import Guard
 from dlgbench.errors import UsageError
 from dlgbench.leak import Leak, Tensors
 from dlgbench.metrics import assign, judged, trivial
-from dlgbench.models import adapted, withhold
+from dlgbench.models import adapted, unwrapped, withhold
 from dlgbench.networks import Shape
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
@@ -62,10 +62,11 @@ def reconstruct(
     names, None or absent where none is shared, and the model in the mode in which it was taken.  ``mean`` and
     ``std`` normalise pixels in [0, 1] before the model; ``heads`` are the weights of its heads' losses, where
     it gives several tensors of logits.  ``attack`` is a name with options, as ``dlgbench list`` tells them;
-    it ends after ``steps`` or ``seconds``.  Raises UsageError where something does not fit.
+    it ends after ``steps`` or ``seconds``.  The model may be compiled, or in one that makes it parallel.
+    Raises UsageError where something does not fit.
     """
     shared = _shared(model, gradient)
-    network = adapted(model, shape, mean, std, heads)
+    network = adapted(unwrapped(model), shape, mean, std, heads)
     withhold(network, shared.keys())
     network = network.to(trial.device_of(accelerator))
     leak = _leak(network, shared, shape[0])
@@ -86,7 +87,7 @@ def reconstruct(
 
 
 def _shared(model: nn.Module, gradient: Gradient) -> Tensors:
-    """The gradient's tensors by the names of the parameters; without those that are None."""
+    """The gradient's tensors by the names of the unwrapped parameters; without those that are None."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     if isinstance(gradient, Mapping):
         given, fits = dict(gradient), gradient.keys() <= shapes.keys()
@@ -100,7 +101,8 @@ def _shared(model: nn.Module, gradient: Gradient) -> Tensors:
         if tensor is not None and tensor.shape != shapes[name]:
             expected, came = tuple(shapes[name]), tuple(tensor.shape)
             raise UsageError(f"gradient of {name}: expected the shape {expected}, got {came}")
-    return {name: tensor.detach() for name, tensor in given.items() if tensor is not None}
+    bare = dict(zip(shapes, dict(unwrapped(model).named_parameters()), strict=True))
+    return {bare[name]: tensor.detach() for name, tensor in given.items() if tensor is not None}
 
 
 def _leak(network: Network, shared: Tensors, images: int) -> Leak:

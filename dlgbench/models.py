@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.convolution import suited
@@ -21,6 +22,13 @@ STATELESS: dict[str, bool | None] = {
     "track_running_stats": False, "running_mean": None, "running_var": None, "num_batches_tracked": None,
 }  # fmt: skip
 """How a norm keeps nothing of earlier batches, which in train mode it does not use."""
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within `torch.compile`'s or one of `WRAPPERS`, which torch.fx does not trace."""
+    inner = model.module if isinstance(model, WRAPPERS) else getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def adapted(

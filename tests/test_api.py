@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dlgbench import api
 from dlgbench.errors import UsageError
@@ -141,6 +143,19 @@ def test_attention_is_attacked(count: int) -> None:
         model, taken(model, private, range(count)), (count, 3, 16, 16), mean=MEAN, std=STD, steps=20
     )
     assert {row["outcome"] for row in found.compared(private)} <= {"recognisable", "exact"}
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, partial(torch.compile, backend="eager")])
+def test_a_wrapped_model_is_attacked_as_what_is_in_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model, private = convolutional(nn.Sigmoid), photos(1, 32)
+    gradient, wrapped = taken(model, private, [7]), wrap(model)
+    named = dict(zip(dict(wrapped.named_parameters()), gradient, strict=True))
+    bare, theirs, by_name = (
+        api.reconstruct(attacked, told, (1, 3, 32, 32), mean=MEAN, std=STD, steps=1)
+        for attacked, told in ((model, gradient), (wrapped, gradient), (wrapped, named))
+    )
+    assert torch.equal(bare.images, theirs.images)
+    assert torch.equal(bare.images, by_name.images)
 
 
 def test_a_mixed_up_batch_is_compared_image_by_image() -> None:
