@@ -14,10 +14,9 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.grad import conv2d_input
 
 from dlgbench import leastsquares
-from dlgbench.convolution import Conv2d
+from dlgbench.convolution import Conv2d, input_slope
 from dlgbench.equations import Equations
 from dlgbench.leak import Leak
 from dlgbench.prepare import ACTIVATIONS, Network
@@ -154,9 +153,7 @@ def _solved(layer: Layer, leak: Leak, outputs: Outputs, fill: Fill) -> Inputs | 
     if found is None:
         return None
     found = torch.where(equations.misfit(found, wanted) > MISFIT, torch.nan, found)
-    slope = conv2d_input(  # type: ignore[no-untyped-call]
-        (1, *layer.inputs), weight, outputs.slope[None], layer.module.stride, layer.module.padding
-    )
+    slope = input_slope(layer.module, weight, outputs.slope[None], (1, *layer.inputs))
     return Inputs(layer, found.view(layer.inputs), slope[0])
 
 

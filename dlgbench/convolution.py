@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.grad import conv2d_input
 
 from dlgbench import winograd
 from dlgbench.bilinear import kept, linear, product
@@ -54,6 +56,12 @@ def suited(layer: nn.Conv2d) -> nn.Module:
     one = layer.groups == 1 and set(layer.dilation) == {1} and len(set(layer.stride)) == 1
     zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return Conv2d(layer) if one and zeros else layer
+
+
+def input_slope(layer: Conv2d, weight: Tensor, slope: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The loss's gradient at the input, of this shape, of a convolution with these weights."""
+    found = conv2d_input(shape, weight, slope, layer.stride, layer.padding)  # type: ignore[no-untyped-call]
+    return cast(Tensor, found)
 
 
 def _fastest(window: Window, images: int, weight: Tensor) -> _Method | None:

@@ -17,10 +17,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.grad import conv2d_input
 
 from dlgbench import leastsquares, shifts
-from dlgbench.convolution import Conv2d
+from dlgbench.convolution import Conv2d, input_slope
 from dlgbench.leak import Leak
 from dlgbench.prepare import ACTIVATIONS
 
@@ -101,7 +100,7 @@ class Layers:
         taps = layer.weight[0, 0].numel()
         each = torch.eye(taps).to(slopes).view(1, taps, *layer.weight.shape[2:])
         kernels = slopes.flatten(0, 1)[:, None]
-        planes = _backwards(layer, each, kernels, (len(kernels), taps, *places))
+        planes = input_slope(layer, each, kernels, (len(kernels), taps, *places))
         return planes.view(len(slopes), -1, math.prod(places)).transpose(0, 1).flatten(1)
 
     def _pass_on(self, node: fx.Node, slope: Tensor) -> None:
@@ -109,7 +108,7 @@ class Layers:
         sources = node.all_input_nodes
         if self._convolution(node):
             layer, weight = cast(Conv2d, self._layer(node)), self.leak.weights[f"body.{node.target}.weight"]
-            slope = _backwards(layer, weight, slope, _size(sources[0]))
+            slope = input_slope(layer, weight, slope, _size(sources[0]))
         elif self._norm(node):
             slope = slope * self._scale(node)
         elif node.target is ACTIVATIONS["relu"] and node in self.values:
@@ -157,12 +156,6 @@ class Layers:
 
     def _gradient(self, node: fx.Node, parameter: str) -> Tensor:
         return self.leak.gradients[f"body.{node.target}.{parameter}"]
-
-
-def _backwards(layer: Conv2d, weight: Tensor, slope: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The slope at a convolution's input, of this shape, with these weights."""
-    found = conv2d_input(shape, weight, slope, layer.stride, layer.padding)  # type: ignore[no-untyped-call]
-    return cast(Tensor, found)
 
 
 def _size(node: fx.Node) -> torch.Size:
