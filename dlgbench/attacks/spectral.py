@@ -50,11 +50,15 @@ CLIPPED = 0.02
     revision={
         "default": 4,
         "network=inception_v3": 8,
+        "network.batchnorm=train,channels=1,batch=1": 6,
         "network.batchnorm=train": 5,
+        "network.batchnorm=eval,channels=1,batch=1": 9,
         "network.batchnorm=eval": 8,
-        "network=lenet5,network.activation=sigmoid,channels=1,batch=1": 6,
         "network=lenet_dlg,network.activation=relu": 6,
         "network.activation=relu": 5,
+        "network=lenet_dlg,network.activation=sigmoid": 4,
+        "channels=1,batch=1": 6,
+        "resolution=16,batch=1": 6,
     },
     positive=("learning_rate", "history", "iterations"),
 )
