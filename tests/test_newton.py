@@ -30,3 +30,21 @@ def test_the_minimum_is_scipys(residual: object) -> None:
     )
     found = gauss_newton(residual, start)
     torch.testing.assert_close(found, torch.from_numpy(theirs.x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gain", "seed"), [*((2.0, seed) for seed in range(40)), (4.0, 34)])
+def test_the_input_of_saturated_units_is_found(gain: float, seed: int) -> None:
+    """The last ends elsewhere if the prior falls after every step; with seeds 11 and 35, if it begins low."""
+    generator = torch.Generator().manual_seed(seed)
+    inner, outer, truth = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((24, 12), (20, 24), (12,))
+    )
+
+    def outputs(x: Tensor) -> Tensor:
+        return outer @ torch.sigmoid(gain * inner @ x)
+
+    def residual(x: Tensor) -> Tensor:
+        return (outputs(x) - outputs(truth)) / outputs(truth).norm()
+
+    found = gauss_newton(residual, torch.zeros_like(truth))
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)

@@ -19,13 +19,13 @@ from dlgbench.registry import ATTACKS
     ahead={"default": 0, "network=lenet_dlg": 500, "network.batchnorm=eval": 500},
     revision={
         "default": 2,
-        "network.batchnorm=eval,channels=1,batch=1": 5,
+        "network.batchnorm=eval,channels=1,batch=1": 6,
         "network.batchnorm=eval": 4,
         "network=lenet_dlg,network.activation=relu,batch=1": 3,
         "network.activation=relu": 2,
         "network=lenet_dlg,network.activation=sigmoid": 2,
-        "channels=1,batch=1": 3,
-        "resolution=16,batch=1": 3,
+        "channels=1,batch=1": 4,
+        "resolution=16,batch=1": 4,
     },
 )
 class Analytic(LabelsFirst):
