@@ -19,6 +19,9 @@ LENGTHS = torch.logspace(-1.5, 0.2, 35)
 """What the norm of ``p - y``, meaned over a batch, may be: it is at most the root of 2."""
 MARGIN = 0.1
 """Chosen on batches of 2 to 8 on both LeNets: with less, noise and ReLU pass for a factor."""
+MULTIPLE = 0.02
+"""How far, relatively, a class' factor may be from the others', and how far from 1 it has to be: in bfloat16
+entries are rounded by up to 0.004."""
 DISTURBED = 0.02
 """How much of its entries' magnitudes a sum over the classes may keep: rounded to int8 it is up to 0.009."""
 
@@ -53,6 +56,25 @@ def counts(predicted: Tensor, slopes: Tensor, images: int) -> Tensor:
     cosine = F.cosine_similarity(predicted - found / images, slopes[None])
     best = int(cosine.argmax())
     return found[best if cosine[best] > cosine[0] + MARGIN else 0].long()
+
+
+def factor(network: Network, leak: Leak) -> float:
+    """By what the gradient of one image has been multiplied, as by clipping; 1 where nothing tells.
+
+    Of every absent class the head's bias has the prediction as its gradient, and the prediction is that
+    of the feature that the head's rows tell, which is the same whatever they were multiplied by.
+    """
+    weight, bias = (f"{network.head}.{name}" for name in ("weight", "bias"))
+    if not {weight, bias} <= leak.gradients.keys() or len(leak.gradients[bias]) < 3:
+        return 1.0
+    slopes = leak.gradients[bias].double() / network.heads[0]
+    absent = torch.arange(len(slopes), device=slopes.device) != slopes.argmin()
+    feature = leak.gradients[weight].double()[absent].sum(0) / leak.gradients[bias].double()[absent].sum()
+    predicted = F.linear(feature, leak.weights[weight].double(), leak.weights[bias].double()).softmax(0)
+    ratios = (slopes / predicted)[absent]
+    found = ratios.median()
+    multiple = ((ratios - found).abs() < MULTIPLE * found).all()
+    return float(found) if multiple and (found - 1).abs() > MULTIPLE else 1.0
 
 
 def _whole(lacking: Tensor, images: int) -> Tensor:

@@ -62,6 +62,18 @@ def test_a_photo_is_found_in_ones_own_gradient(activation: type[nn.Module], leas
     assert torch.equal(again.images, found.images)
 
 
+@pytest.mark.parametrize("by", [0.01, 32.0])
+@pytest.mark.parametrize(("activation", "least"), [(nn.Sigmoid, 40), (nn.ReLU, 20)])
+def test_a_photo_is_found_in_a_multiple_of_ones_gradient(
+    activation: type[nn.Module], least: float, by: float
+) -> None:
+    """Clipped, of a loss that was summed or scaled, or the step that it made."""
+    model, private = convolutional(activation), photos(1, 32)
+    gradient = [by * g for g in taken(model, private, [7])]
+    found = api.reconstruct(model, gradient, (1, 3, 32, 32), mean=MEAN, std=STD, steps=5)
+    assert float(found.compared(private)[0]["psnr"]) > least
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_photo_is_found_though_no_gradient_of_a_layer_is_shared(named: bool) -> None:
     """As of a frozen layer: what the others tell is enough here (measured: 32.7 dB)."""

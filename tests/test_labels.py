@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dlgbench import masks, networks
 from dlgbench.defenses import make
-from dlgbench.labels import head, logits, recover
+from dlgbench.labels import factor, head, logits, recover
 from dlgbench.leak import Leak, Tensors, gradients
 from dlgbench.prepare import Network, replace_activation
 from dlgbench.registry import NETWORKS
@@ -29,6 +29,14 @@ def recovered(
     text: str, truth: list[int], bias: bool = True, seed: int = 0, defense: str = "none"
 ) -> list[int]:
     """What the gradient of random images with the labels ``truth`` tells."""
+    network, leak, images = client(text, truth, bias, seed, defense)
+    return recover(network, leak, torch.full_like(images, 0.5)).tolist()
+
+
+def client(
+    text: str, truth: list[int], bias: bool = True, seed: int = 0, defense: str = "none"
+) -> tuple[Network, Leak, Tensor]:
+    """A network, what leaks of random images with the labels ``truth``, and the images."""
     side = SIDES.get(text.partition(":")[0], 32)
     images = torch.rand(len(truth), 3, side, side, generator=torch.Generator().manual_seed(seed))
     network = networks.build(NETWORKS.spec(text), (len(truth), 3, side, side), CLASSES, seed)
@@ -38,7 +46,7 @@ def recovered(
     buffers = {name: buffer for name, buffer in network.named_buffers() if name.startswith("body.")}
     shared = gradients(network, weights, buffers, images, one_hot(torch.tensor(truth)))
     shared = make(defense)(shared, torch.Generator().manual_seed(seed))
-    return recover(network, Leak(weights, buffers, shared), torch.full_like(images, 0.5)).tolist()
+    return network, Leak(weights, buffers, shared), images
 
 
 def remove_bias(network: Network) -> None:
@@ -111,6 +119,26 @@ def test_a_label_is_found_where_little_is_shared(name: str, defense: str) -> Non
 @pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "resnet18"])
 def test_duplicates_are_counted_in_a_clipped_gradient(name: str, truth: list[int], defense: str) -> None:
     assert recovered(name, truth, defense=defense) == truth
+
+
+@pytest.mark.parametrize("by", [1e-4, 0.1, 0.9, 1.0, 1.5, 64.0])
+@pytest.mark.parametrize(
+    "name", ["lenet5", "lenet5:activation=relu", "lenet_dlg", "resnet18", "resnet18:activation=relu"]
+)
+def test_by_what_one_images_gradient_was_multiplied_is_told(name: str, by: float) -> None:
+    network, leak, _ = client(name, [7])
+    multiplied = leak._replace(gradients={n: by * g for n, g in leak.gradients.items()})
+    found = factor(network, multiplied)
+    assert found == 1 if by == 1 else found == pytest.approx(by, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "defense", ["fp16", "bf16", "int8", "noise:std=0.01", "prune:share=0.99", "topk:share=0.99", "sign"]
+)
+@pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "lenet_dlg:activation=relu", "resnet18"])
+def test_where_no_factor_can_be_told_there_is_none(name: str, defense: str) -> None:
+    assert factor(*client(name, [7], defense=defense)[:2]) == 1
+    assert factor(*client(name, [7], bias=False, defense="clip:bound=0.001")[:2]) == 1
 
 
 @pytest.mark.parametrize("truth", [[7], [5, 5], [0, 3, 3, 3], [1, 2, 4, 8, 8, 16, 16, 19]])

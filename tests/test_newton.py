@@ -41,10 +41,10 @@ def test_the_input_of_saturated_units_is_found(gain: float, seed: int) -> None:
     )
 
     def outputs(x: Tensor) -> Tensor:
-        return outer @ torch.sigmoid(gain * inner @ x)
+        return torch.mv(outer, torch.sigmoid(torch.mv(gain * inner, x)))
 
     def residual(x: Tensor) -> Tensor:
-        return (outputs(x) - outputs(truth)) / outputs(truth).norm()
+        return torch.div(outputs(x) - outputs(truth), outputs(truth).norm())
 
     found = gauss_newton(residual, torch.zeros_like(truth))
     torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)

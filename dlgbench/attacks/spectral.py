@@ -15,6 +15,7 @@ from dlgbench import topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.inversion import trunk
+from dlgbench.labels import factor
 from dlgbench.leak import Leak, gradients, relative_square, statistics
 from dlgbench.linesearch import backtracking
 from dlgbench.masks import read
@@ -48,6 +49,8 @@ CLIPPED = 0.02
         "network=lenet5": 2000,
     },
     revision={
+        "defense=clip,batch=1": 11,
+        "defense=local,batch=1": 11,
         "default": 4,
         "network=inception_v3": 8,
         "network.batchnorm=train,channels=1,batch=1": 7,
@@ -66,6 +69,7 @@ class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
 
     What cannot be is sought block after block, where it is known how the blocks' inputs are distributed.
+    A gradient of one image that was multiplied, as by clipping, is divided by what its head tells first.
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
@@ -93,6 +97,9 @@ class Spectral(LabelsFirst):
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
         """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
+        self.factors = torch.ones(len(task.generators)).to(network.mean)
+        """By what every case's gradients have been multiplied."""
+        self._divided: tuple[Leak, Leak] | None = None
         self.optimizer = partial(
             LBFGS, active=self.active,
             lr=learning_rate, history_size=history, max_iter=iterations, line_search=backtracking,
@@ -119,8 +126,9 @@ class Spectral(LabelsFirst):
 
     def solve(self, leak: Leak) -> None:
         """The better of two starts by objective: what can be solved for, and grey."""
+        self.find_factors(leak)
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
-        for case, image in peel(self.network, leak, solved.shape[1:]):
+        for case, image in peel(self.network, self.divided(leak), solved.shape[1:]):
             solved[case] = self.spectrum.coefficients((image - self.middle) / CONTRAST)
         rows = range(len(solved))
         self.descend(leak, solved, [r for r in rows if torch.equal(solved[r], self.dummy_images[r])])
@@ -131,6 +139,26 @@ class Spectral(LabelsFirst):
             self.dummy_images[ours < grey] = solved[ours < grey]
             self.coarse &= ~(ours < grey).cpu()  # the others are fine already
             self.closures += 2
+
+    def find_factors(self, leak: Leak) -> None:
+        """Note by what single images' gradients were multiplied: what is seen from now on is `divided`."""
+        if self.dummy_images.shape[1] > 1:
+            return
+        factors = [factor(self.network, leak.row(row)) for row in range(len(self.factors))]
+        self.factors, self._gathered = torch.tensor(factors).to(self.dummy_images), None
+
+    def divided(self, leak: Leak) -> Leak:
+        """``leak`` before its gradients were multiplied: as a whole, copied once."""
+        if (self.factors == 1).all():
+            return leak
+        if self._divided is None or self._divided[0] is not leak:
+            parts = {n: g / self.factors.view(-1, *(1,) * (g.dim() - 1)) for n, g in leak.gradients.items()}
+            self._divided = leak, leak._replace(gradients=parts)
+        return self._divided[1]
+
+    def seen(self, leak: Leak, rows: list[int], wanted: int | None = None) -> Leak:
+        """As every attack sees it, but `divided`."""
+        return super().seen(self.divided(leak), rows, wanted)
 
     def descend(self, leak: Leak, found: Tensor, rows: Sequence[int]) -> None:
         """Put into ``found`` what block after block is found of the cases ``rows``, from the head down."""
