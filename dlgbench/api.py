@@ -59,7 +59,8 @@ def reconstruct(
     """Attack ``gradient``, which ``model`` gave for a batch of ``shape`` (image, channel, height, width).
 
     The gradient is of the batch's mean cross entropy, in the order of ``model.parameters()`` or by their
-    names, None or absent where none is shared, and the model in the mode in which it was taken.  ``mean`` and
+    names, None or absent where none is shared, and the model in the mode in which it was taken.  Of one image
+    ``spectral`` also takes a positive multiple of it: clipped, or old weights less new ones.  ``mean`` and
     ``std`` normalise pixels in [0, 1] before the model; ``heads`` are the weights of its heads' losses, where
     it gives several tensors of logits.  ``attack`` is a name with options, as ``dlgbench list`` tells them;
     it ends after ``steps`` or ``seconds``.  The model may be compiled, or in one that makes it parallel.
