@@ -138,6 +138,10 @@ def test_by_what_one_images_gradient_was_multiplied_is_told(name: str, by: float
 @pytest.mark.parametrize("name", ["lenet5", "lenet_dlg", "lenet_dlg:activation=relu", "resnet18"])
 def test_where_no_factor_can_be_told_there_is_none(name: str, defense: str) -> None:
     assert factor(*client(name, [7], defense=defense)[:2]) == 1
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet18"])
+def test_without_a_bias_no_factor_is_told(name: str) -> None:
     assert factor(*client(name, [7], bias=False, defense="clip:bound=0.001")[:2]) == 1
 
 

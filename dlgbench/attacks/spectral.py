@@ -97,8 +97,8 @@ class Spectral(LabelsFirst):
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
         """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
-        self.factors = torch.ones(len(task.generators)).to(network.mean)
-        """By what every case's gradients have been multiplied."""
+        self.factors: Tensor | None = None
+        """By what every case's gradients have been multiplied, ``(case,)``; None where none were."""
         self._divided: tuple[Leak, Leak] | None = None
         self.optimizer = partial(
             LBFGS, active=self.active,
@@ -142,14 +142,15 @@ class Spectral(LabelsFirst):
 
     def find_factors(self, leak: Leak) -> None:
         """Note by what single images' gradients were multiplied: what is seen from now on is `divided`."""
-        if self.dummy_images.shape[1] > 1:
-            return
-        factors = [factor(self.network, leak.row(row)) for row in range(len(self.factors))]
-        self.factors, self._gathered = torch.tensor(factors).to(self.dummy_images), None
+        cases = range(len(self.dummy_images) if self.dummy_images.shape[1] == 1 else 0)
+        factors = [factor(self.network, leak.row(case)) for case in cases]
+        some = any(found != 1 for found in factors)
+        self.factors = torch.tensor(factors).to(self.dummy_images) if some else None
+        self._gathered = None  # what was gathered is not divided
 
     def divided(self, leak: Leak) -> Leak:
-        """``leak`` before its gradients were multiplied: as a whole, copied once."""
-        if (self.factors == 1).all():
+        """``leak`` before its gradients were multiplied, copied once for every leak."""
+        if self.factors is None:
             return leak
         if self._divided is None or self._divided[0] is not leak:
             parts = {n: g / self.factors.view(-1, *(1,) * (g.dim() - 1)) for n, g in leak.gradients.items()}
