@@ -32,10 +32,10 @@ def softened(network: Network) -> Network:
     return soft
 
 
-def bent(body: fx.GraphModule, sharpness: float) -> fx.GraphModule:
-    """``body`` with every ReLU, of this sharpness, and every maximum made smooth."""
+def bent(body: fx.GraphModule, relu: float, pool: float = POOL) -> fx.GraphModule:
+    """``body`` with every ReLU and every maximum made smooth, of these sharpnesses."""
     soften = _Soften(body)
-    soften.sharpness = sharpness
+    soften.relu, soften.pool = relu, pool
     return soften.transform()
 
 
@@ -45,12 +45,14 @@ def soft_relu(features: Tensor, sharpness: float) -> Tensor:
     return F.softplus(features / width) * width
 
 
-def soft_max_pool(features: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
-    """The mean of every window, weighted by softmax in units of the features' deviation over `POOL`.
+def soft_max_pool(
+    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float = POOL
+) -> Tensor:
+    """The mean of every window, weighted by softmax in units of the features' deviation over ``sharpness``.
 
     ``features`` are ``(image, channel, height, width)``.
     """
-    width = (features.var(correction=0) + TINY).sqrt() / POOL
+    width = (features.var(correction=0) + TINY).sqrt() / sharpness
     lowest = (features.amin() - FAR * width).detach()
     window = Window.of((kernel_size,) * 2, stride, (padding,) * 2, (features.shape[2], features.shape[3]))
     seen = linear((features - lowest).permute(0, 2, 3, 1), partial(_seen, window), partial(_of_seen, window))
@@ -71,9 +73,10 @@ def _of_seen(window: Window, seen: Tensor) -> Tensor:
 
 
 class _Soften(fx.Transformer):
-    """Bound to a sharpness of ReLU by `bent`."""
+    """Bound to sharpnesses by `bent`."""
 
-    sharpness: float
+    relu: float
+    pool: float
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.submodules[target]
@@ -84,8 +87,8 @@ class _Soften(fx.Transformer):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is F.relu:
-            return super().call_function(soft_relu, args[:1], {"sharpness": self.sharpness})
+            return super().call_function(soft_relu, args[:1], {"sharpness": self.relu})
         if target is F.max_pool2d:
             sizes = {k: v for k, v in kwargs.items() if k in ("kernel_size", "stride", "padding")}
-            return super().call_function(soft_max_pool, args, sizes)
+            return super().call_function(soft_max_pool, args, sizes | {"sharpness": self.pool})
         return super().call_function(target, args, kwargs)

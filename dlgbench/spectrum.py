@@ -31,10 +31,10 @@ class Spectrum:
     gradient does not determine stays smooth and pale instead of noisy.
     """
 
-    def __init__(self, shape: Sequence[int], like: Tensor) -> None:
+    def __init__(self, shape: Sequence[int], like: Tensor, fall: float = FALL) -> None:
         """For images ``(channel, height, width)``, three channels being red, green and blue.
 
-        ``like`` gives the dtype and the device.
+        ``like`` gives the dtype and the device; amplitudes fall with frequency to the power ``fall``.
         """
         channels, height, width = shape
         self.rows, self.columns = (_cosines(n).to(like) for n in (height, width))
@@ -44,7 +44,9 @@ class Spectrum:
         sizes = sizes / sizes.square().mean().sqrt()
         self.frequency = torch.hypot(torch.arange(height)[:, None] / 2, torch.arange(width) / 2).to(like)
         """Of every coefficient in periods a side, ``(height, width)``."""
-        self.amplitude = sizes.to(like)[:, None, None] * self.frequency.clamp_min(1).pow(-FALL)
+        self.amplitude = sizes.to(like)[:, None, None] * self.frequency.clamp_min(1).pow(-fall)
+        self.usual = float(self.amplitude.square().mean().rsqrt())
+        """The size of coefficients of images whose pixels are of size 1."""
 
     def images(self, coefficients: Tensor) -> Tensor:
         """Deviations from grey, ``(…, channel, height, width)``, shaped like the coefficients."""

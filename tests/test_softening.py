@@ -53,6 +53,12 @@ def test_a_soft_maximum_has_both_derivatives(padding: int) -> None:
     assert torch.autograd.gradgradcheck(lambda x: soft_max_pool(x, 3, 2, padding), x.requires_grad_())
 
 
+def test_a_soft_maximum_may_be_anything_from_the_mean_to_the_maximum() -> None:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(soft_max_pool(x, 2, 2, sharpness=1e-6), F.avg_pool2d(x, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft_max_pool(x, 2, 2, sharpness=1e6), F.max_pool2d(x, 2), rtol=0, atol=1e-9)
+
+
 def test_a_soft_maximum_is_the_weighted_mean_that_it_says() -> None:
     x = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]], dtype=torch.float64)
     weights = (x.flatten() * POOL / x.std(correction=0)).exp()

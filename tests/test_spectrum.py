@@ -61,3 +61,11 @@ def test_colours_leave_the_expected_power_as_it_is() -> None:
     assert float(basis(3, 8, 8).amplitude.square().sum()) == pytest.approx(
         3 * float(basis(1, 8, 8).amplitude.square().sum())
     )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("fall", [0.0, FALL, 1.0])
+def test_usual_coefficients_make_pixels_of_size_one(channels: int, fall: float) -> None:
+    spectrum = Spectrum((channels, 5, 8), torch.zeros((), dtype=torch.float64), fall)
+    images = spectrum.images(torch.full((1, channels, 5, 8), spectrum.usual, dtype=torch.float64))
+    assert float(images.square().mean()) == pytest.approx(1)
