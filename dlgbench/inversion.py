@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,50 +16,59 @@ from torch.func import functional_call
 
 from dlgbench.leak import Leak
 from dlgbench.prepare import Network
-from dlgbench.softening import RELU, bent
+from dlgbench.softening import RELU, bent, level_max_pool
 from dlgbench.spectrum import CONTRAST, Spectrum
 
 SOFTEST, SHARPEST, LEVELS = 0.5, 16.0, 8
 """The sharpness of maxima, from level to level by the same factor.  Which of nine positions is the largest is
 what a descent cannot revise; measured, as all here, on resnet18 at 224 px: docs/attacks.md."""
-PRIOR, FALL = 0.4, 1.0
-"""The weight of how large coefficients are for photos, in units of the sharpness' inverse square, which is
-about what the softened network misses at the truth; and how fast those of photos fall with frequency."""
+PRIOR, FALL = 0.05, 1.0
+"""The weight of how large coefficients are for photos, which fall so fast with frequency, where nothing
+matched of a layer counts as 1."""
 ITERATIONS, HISTORY = 100, 50
-"""Of L-BFGS on each level, for every image: several tell less of each."""
+"""Of L-BFGS on each level."""
 
 
 def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> Tensor:
     """Images ``shape``, in [0, 1] or near, on which nodes of the network's body have these ``values``.
 
-    By L-BFGS from grey, with the weights and buffers of one case's ``leak``, while maxima sharpen and a
-    prior fades with what their softness leaves (as `continuation` does with ReLU).
+    Each on its own, by L-BFGS from grey while maxima sharpen, with the weights and buffers of one case's
+    ``leak``.  The network must not mix them: no statistics of the batch.
     """
     assert isinstance(network.body, fx.GraphModule)
     ends = frontier(network.body, values)
-    part, wanted = trunk(network.body, ends), [values[end].to(network.mean) for end in ends]
-    sizes = [value.square().sum() for value in wanted]
-    shared = leak.weights | leak.buffers
+    part, shared = trunk(network.body, ends), leak.weights | leak.buffers
     state = {name: shared[f"body.{name}"] for name in part.state_dict()}
-    spectrum, photos = (Spectrum(shape[-3:], network.mean, *fall) for fall in ((), (FALL,)))
-    relative = spectrum.usual * spectrum.amplitude / (photos.usual * photos.amplitude)
-    unknown, iterations = torch.zeros(shape).to(network.mean).requires_grad_(), ITERATIONS * shape[0]
+    levels = torch.logspace(math.log10(SOFTEST), math.log10(SHARPEST), LEVELS).tolist()
+    soft = [bent(part, RELU, sharpness, level_max_pool) for sharpness in levels]
+    parts = [partial(functional_call, part, state) for part in soft]
+    each = zip(*(values[end].to(network.mean).unsqueeze(1) for end in ends), strict=True)
+    return torch.cat([_image(network, parts, wanted, shape[1:]) for wanted in each])
 
-    def images() -> Tensor:
-        return 0.5 + CONTRAST * spectrum.usual * spectrum.images(unknown)
 
-    def objective(soft: fx.GraphModule, prior: float) -> Tensor:
-        found = functional_call(soft, state, (network.normalise(images()),))
+def _image(
+    network: Network, parts: Sequence[Callable[..., Any]], wanted: Sequence[Tensor], shape: Sequence[int]
+) -> Tensor:
+    """The image ``(1, *shape)`` of which part after part, started where the last ended, gives what is
+    ``wanted``, by the root of photos' amplitudes: they, and pixels alone, are worse scaled."""
+    spectrum, sizes = Spectrum(shape, network.mean, FALL), [value.square().sum() for value in wanted]
+    root = spectrum.amplitude.sqrt()
+    unknown = torch.zeros((1, *shape)).to(network.mean).requires_grad_()
+
+    def image() -> Tensor:
+        return 0.5 + CONTRAST * spectrum.usual * spectrum.images(unknown / root)
+
+    def objective(part: Callable[..., Any]) -> Tensor:
+        found = part((network.normalise(image()),))
         misfits = [(a - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
-        return torch.stack(misfits).sum() + prior * (relative * unknown).square().mean()
+        return torch.stack(misfits).sum() + PRIOR * (unknown / root).square().mean()
 
-    for sharpness in torch.logspace(math.log10(SOFTEST), math.log10(SHARPEST), LEVELS).tolist():
-        soft = bent(part, RELU, sharpness)
+    for part in parts:
         descend(
-            partial(objective, soft, PRIOR / sharpness**2), unknown,
-            iterations=iterations, closures=2 * iterations, history=HISTORY,
+            partial(objective, part), unknown,
+            iterations=ITERATIONS, closures=2 * ITERATIONS, history=HISTORY,
         )  # fmt: skip
-    return images().detach()
+    return image().detach()
 
 
 def descend(

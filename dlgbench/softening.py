@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,21 +23,6 @@ TINY = 1e-12
 """Keeps the root's derivatives finite where all features are alike."""
 FAR = 100.0
 """How many widths below all features what pads a maximum is: its weight is exp(-100) at most."""
-
-
-def softened(network: Network) -> Network:
-    """``network`` with every ReLU and maximum made smooth; it shares all weights and buffers."""
-    assert isinstance(network.body, fx.GraphModule)
-    soft = copy.copy(network)
-    soft._modules = {**network._modules, "body": bent(network.body, RELU)}
-    return soft
-
-
-def bent(body: fx.GraphModule, relu: float, pool: float = POOL) -> fx.GraphModule:
-    """``body`` with every ReLU and every maximum made smooth, of these sharpnesses."""
-    soften = _Soften(body)
-    soften.relu, soften.pool = relu, pool
-    return soften.transform()
 
 
 def soft_relu(features: Tensor, sharpness: float) -> Tensor:
@@ -59,6 +45,17 @@ def soft_max_pool(
     return ((seen * (seen / width).softmax(0)).sum(0) + lowest).permute(0, 3, 1, 2)
 
 
+def level_max_pool(
+    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float = POOL
+) -> Tensor:
+    """`soft_max_pool`, of every image and channel raised by what it is lower than the maximum on average.
+
+    Else all above it is smaller than in the network that is imitated, which takes the image for pale.
+    """
+    soft = soft_max_pool(features, kernel_size, stride, padding, sharpness)
+    return soft + (F.max_pool2d(features, kernel_size, stride, padding) - soft).mean((2, 3), keepdim=True)
+
+
 # what a window sees, and the transpose of that: inductor's own for a window takes five times as long
 
 
@@ -72,11 +69,29 @@ def _of_seen(window: Window, seen: Tensor) -> Tensor:
     return window.sums([row.unbind() for row in grid])
 
 
+def softened(network: Network) -> Network:
+    """``network`` with every ReLU and maximum made smooth; it shares all weights and buffers."""
+    assert isinstance(network.body, fx.GraphModule)
+    soft = copy.copy(network)
+    soft._modules = {**network._modules, "body": bent(network.body, RELU)}
+    return soft
+
+
+def bent(
+    body: fx.GraphModule, relu: float, pool: float = POOL, maximum: Callable[..., Tensor] = soft_max_pool
+) -> fx.GraphModule:
+    """``body`` with every ReLU and every ``maximum`` made smooth, of these sharpnesses."""
+    soften = _Soften(body)
+    soften.relu, soften.pool, soften.maximum = relu, pool, maximum
+    return soften.transform()
+
+
 class _Soften(fx.Transformer):
-    """Bound to sharpnesses by `bent`."""
+    """Bound to sharpnesses and a maximum by `bent`."""
 
     relu: float
     pool: float
+    maximum: Callable[..., Tensor]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.submodules[target]
@@ -90,5 +105,5 @@ class _Soften(fx.Transformer):
             return super().call_function(soft_relu, args[:1], {"sharpness": self.relu})
         if target is F.max_pool2d:
             sizes = {k: v for k, v in kwargs.items() if k in ("kernel_size", "stride", "padding")}
-            return super().call_function(soft_max_pool, args, sizes | {"sharpness": self.pool})
+            return super().call_function(self.maximum, args, sizes | {"sharpness": self.pool})
         return super().call_function(target, args, kwargs)

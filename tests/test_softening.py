@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dlgbench.leak import gradients
 from dlgbench.networks import build
 from dlgbench.registry import NETWORKS
-from dlgbench.softening import POOL, RELU, soft_max_pool, soft_relu, softened
+from dlgbench.softening import POOL, RELU, level_max_pool, soft_max_pool, soft_relu, softened
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -57,6 +57,15 @@ def test_a_soft_maximum_may_be_anything_from_the_mean_to_the_maximum() -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(soft_max_pool(x, 2, 2, sharpness=1e-6), F.avg_pool2d(x, 2), rtol=0, atol=1e-5)
     torch.testing.assert_close(soft_max_pool(x, 2, 2, sharpness=1e6), F.max_pool2d(x, 2), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 16.0])
+def test_a_level_maximum_is_a_soft_one_of_the_maximums_mean(sharpness: float) -> None:
+    x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    level, soft = (pool(x, 3, 2, 1, sharpness) for pool in (level_max_pool, soft_max_pool))
+    raised = level - soft
+    torch.testing.assert_close(raised, raised[:, :, :1, :1].expand_as(raised))
+    torch.testing.assert_close(level.mean((2, 3)), F.max_pool2d(x, 3, 2, 1).mean((2, 3)))
 
 
 def test_a_soft_maximum_is_the_weighted_mean_that_it_says() -> None:
