@@ -67,12 +67,11 @@ def test_a_trunk_may_begin_anywhere() -> None:
 
 @pytest.mark.parametrize("image", [0, 1, 2])
 def test_a_photo_is_recognised_from_a_rectified_residual_network(image: int) -> None:
-    """Published of ReLU and 224 px: 15.75 dB (Guo et al. 2025, arXiv 2503.11514); measured: 27.5 to 35.1."""
+    """Published of ReLU and 224 px: 15.75 dB (Guo et al. 2025, arXiv 2503.11514)."""
     one = case(network="resnet18:activation=relu,batchnorm=eval", image=image, resolution=64, dtype="float32")
     ((_, found),) = peel(network_of(one), leaked(one), one.shape)
-    assert (
-        float(psnr(mean_squared_error(found, secret_of(one, PHOTOS).images[0]))) > 25
-    )  # measured: 27.5, 35.1, 29.8
+    error = mean_squared_error(found, secret_of(one, PHOTOS).images[0])
+    assert float(psnr(error)) > 25  # measured: 27.9, 36.8, 30.2
 
 
 def test_two_photos_come_back_in_the_order_of_their_labels() -> None:
@@ -83,7 +82,7 @@ def test_two_photos_come_back_in_the_order_of_their_labels() -> None:
     secret = secret_of(one, PHOTOS)
     order = secret.labels[0].argsort()
     for image, truth in zip(found, secret.images[0][order], strict=True):
-        assert float(psnr(mean_squared_error(image[None], truth[None]))) > 25  # measured: 27.8 and 34.3
+        assert float(psnr(mean_squared_error(image[None], truth[None]))) > 25  # measured: 27.0 and 36.1
 
 
 def test_too_few_layers_show_no_image() -> None:
