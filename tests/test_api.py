@@ -89,11 +89,8 @@ def test_a_photo_is_found_though_no_gradient_of_a_layer_is_shared(named: bool) -
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_layers_between_the_convolutions_and_the_head_do_no_harm(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_between_the_convolutions_and_the_head_do_no_harm(count: int) -> None:
     """As in VGG with batch norm: the topmost convolution of one image is read off all the same."""
-    monkeypatch.setattr("dlgbench.inversion.CLOSURES", 500)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = nn.Sequential(
@@ -106,7 +103,7 @@ def test_layers_between_the_convolutions_and_the_head_do_no_harm(
     found = api.reconstruct(model, gradient, (count, 3, 24, 24), mean=MEAN, std=STD, steps=1)
     assert found.labels.argmax(1).tolist() == list(range(count))
     if count == 1:  # whose images are whose is told where the head alone is above
-        assert found.compared(private)[0]["outcome"] == "recognisable"  # measured: 25.7 dB
+        assert found.compared(private)[0]["outcome"] == "recognisable"  # measured: 23.5 dB
 
 
 class Spare(nn.Module):
