@@ -45,8 +45,6 @@ def solve(segment: Segment, shape: tuple[int, ...]) -> Tensor:
         return torch.full_like(unknown, torch.nan)
     for bend in torch.logspace(math.log10(WIDEST), math.log10(NARROWEST), LEVELS).tolist():
         soft = segment._replace(trunk=bent(segment.trunk, 1 / bend))
-        inversion.descend(
-            partial(objective, soft, PRIOR * bend**2), unknown,
-            iterations=ITERATIONS, closures=2 * ITERATIONS, history=HISTORY,
-        )  # fmt: skip
+        squares = partial(objective, soft, PRIOR * bend**2)
+        inversion.descend(squares, unknown, iterations=ITERATIONS, history=HISTORY)
     return images().detach()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +27,9 @@ matched of a layer counts as 1."""
 ITERATIONS, HISTORY = 100, 50
 """Of L-BFGS on each level."""
 
+Part = Callable[[tuple[Tensor]], Sequence[Tensor]]
+"""What a softened network computes of an image."""
+
 
 def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> Tensor:
     """Images ``shape``, in [0, 1] or near, on which nodes of the network's body have these ``values``.
@@ -40,17 +42,17 @@ def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape
     part, shared = trunk(network.body, ends), leak.weights | leak.buffers
     state = {name: shared[f"body.{name}"] for name in part.state_dict()}
     levels = torch.logspace(math.log10(SOFTEST), math.log10(SHARPEST), LEVELS).tolist()
-    soft = [bent(part, RELU, sharpness, level_max_pool) for sharpness in levels]
-    parts = [partial(functional_call, part, state) for part in soft]
+    parts = [partial(functional_call, bent(part, RELU, level, level_max_pool), state) for level in levels]
     each = zip(*(values[end].to(network.mean).unsqueeze(1) for end in ends), strict=True)
     return torch.cat([_image(network, parts, wanted, shape[1:]) for wanted in each])
 
 
-def _image(
-    network: Network, parts: Sequence[Callable[..., Any]], wanted: Sequence[Tensor], shape: Sequence[int]
-) -> Tensor:
-    """The image ``(1, *shape)`` of which part after part, started where the last ended, gives what is
-    ``wanted``, by the root of photos' amplitudes: they, and pixels alone, are worse scaled."""
+def _image(network: Network, parts: Sequence[Part], wanted: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """The image ``(1, *shape)`` on which the last of the parts gives what is ``wanted``.
+
+    Each is begun where the one before ended.  The unknowns are coefficients times the root of photos'
+    amplitudes: coefficients as well as pixels are worse scaled.
+    """
     spectrum, sizes = Spectrum(shape, network.mean, FALL), [value.square().sum() for value in wanted]
     root = spectrum.amplitude.sqrt()
     unknown = torch.zeros((1, *shape)).to(network.mean).requires_grad_()
@@ -58,25 +60,23 @@ def _image(
     def image() -> Tensor:
         return 0.5 + CONTRAST * spectrum.usual * spectrum.images(unknown / root)
 
-    def objective(part: Callable[..., Any]) -> Tensor:
+    def objective(part: Part) -> Tensor:
         found = part((network.normalise(image()),))
         misfits = [(a - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
         return torch.stack(misfits).sum() + PRIOR * (unknown / root).square().mean()
 
     for part in parts:
-        descend(
-            partial(objective, part), unknown,
-            iterations=ITERATIONS, closures=2 * ITERATIONS, history=HISTORY,
-        )  # fmt: skip
+        descend(partial(objective, part), unknown, iterations=ITERATIONS, history=HISTORY)
     return image().detach()
 
 
-def descend(
-    objective: Callable[[], Tensor], unknown: Tensor, *, iterations: int, closures: int, history: int
-) -> None:
-    """Move the leaf ``unknown`` to where an objective of it is low, by L-BFGS to the end of its means."""
+def descend(objective: Callable[[], Tensor], unknown: Tensor, *, iterations: int, history: int) -> None:
+    """Move the leaf ``unknown`` to where an objective of it is low, by L-BFGS to the end of its means.
+
+    Those are its ``iterations`` and on average two closures for each.
+    """
     optimizer = torch.optim.LBFGS(
-        [unknown], max_iter=iterations, max_eval=closures, history_size=history,
+        [unknown], max_iter=iterations, max_eval=2 * iterations, history_size=history,
         tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
