@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -19,6 +20,8 @@ RELU = 200.0
 to descend as ReLU."""
 POOL = 8.0
 """The sharpness of `soft_max_pool`.  Measured on resnet18: docs/attacks.md."""
+SHARPNESS = "body.sharpness"
+"""The buffer that `adjustable` reads it from instead."""
 TINY = 1e-12
 """Keeps the root's derivatives finite where all features are alike."""
 FAR = 100.0
@@ -32,7 +35,7 @@ def soft_relu(features: Tensor, sharpness: float) -> Tensor:
 
 
 def soft_max_pool(
-    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float = POOL
+    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float | Tensor = POOL
 ) -> Tensor:
     """The mean of every window, weighted by softmax in units of the features' deviation over ``sharpness``.
 
@@ -46,7 +49,7 @@ def soft_max_pool(
 
 
 def level_max_pool(
-    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float = POOL
+    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float | Tensor = POOL
 ) -> Tensor:
     """`soft_max_pool`, of every image and channel raised by what it is lower than the maximum on average.
 
@@ -74,6 +77,20 @@ def softened(network: Network) -> Network:
     assert isinstance(network.body, fx.GraphModule)
     soft = copy.copy(network)
     soft._modules = {**network._modules, "body": bent(network.body, RELU)}
+    return soft
+
+
+def adjustable(network: Network) -> Network:
+    """As `softened`, but its maxima, where it has any, are as sharp as the buffer `SHARPNESS` says."""
+    soft = softened(network)
+    assert isinstance(soft.body, fx.GraphModule)
+    maxima = soft.body.graph.find_nodes(op="call_function", target=soft_max_pool)
+    if maxima:
+        soft.body.register_buffer("sharpness", torch.full_like(network.mean[0, 0, 0], POOL))
+    for node in maxima:
+        with soft.body.graph.inserting_before(node):
+            node.update_kwarg("sharpness", soft.body.graph.get_attr("sharpness"))
+    soft.body.recompile()
     return soft
 
 

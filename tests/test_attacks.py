@@ -22,6 +22,7 @@ from dlgbench.case import Case, stream
 from dlgbench.closures import Values
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
+from dlgbench.softening import POOL, SHARPNESS
 from dlgbench.spectrum import CONTRAST
 from dlgbench.victims import network_of, secret_of
 
@@ -229,12 +230,40 @@ def several(count: int) -> Spectral:
 def test_what_is_fine_already_keeps_its_frequencies_and_its_best() -> None:
     attack = several(2)
     attack.coarse[0], attack.best_objective = False, torch.tensor([1.0, 2.0])
-    attack.focus(14)
+    attack.focus(14, 2.0)
+    assert attack.sharpness.tolist() == [POOL, 2.0]
     assert attack.best_objective.tolist() == [1.0, math.inf]  # the second's was of another image
     noise = torch.randn(2, 1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
     shown = attack.spectrum.coefficients(attack.pixels(noise) - attack.middle).abs() > 1e-9
     assert shown[0].all()
     assert float(attack.spectrum.frequency[shown[1, 0, 0]].max()) <= 14
+
+
+def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = case(attack="spectral:iterations=1", network="resnet18", resolution=112, steps=6, dtype="float32")
+    seen, begin = list[tuple[float, float]](), Spectral.on_train_batch_start
+
+    def watched(attack: Spectral, batch: Leak, step: int) -> None:
+        begin(attack, batch, step)
+        shown = attack.spectrum.frequency[attack.passband[0, 0, 0] > 0]
+        seen.append((round(float(shown.max())), float(attack.sharpness[0])))
+
+    monkeypatch.setattr(Spectral, "on_train_batch_start", watched)
+    fitted(one, leaked(one))
+    assert seen == [(14, 1.0), (28, 1.0), (78, 2.0), (78, 4.0), (78, POOL), (78, POOL)]  # 55.5 of both axes
+
+
+def test_a_traced_closure_takes_the_sharpness_as_it_is_at_the_call() -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64)
+    attack = trial.attack_on([one], network_of(one))
+    grey, labels, leak = attack.example(leaked(one))
+    images = torch.rand(grey.shape, generator=torch.Generator().manual_seed(0)).double()
+    assert leak.buffers[SHARPNESS].tolist() == [POOL]
+    traced = attack.closure.trace(images, labels, leak)
+    softer = leak._replace(buffers={**leak.buffers, SHARPNESS: torch.tensor([1.0]).double()})
+    sharp, soft = (attack.closure(images, labels, some).objective for some in (leak, softer))
+    assert abs(soft - sharp) > 1e-5
+    torch.testing.assert_close(traced(*attack.closure.flat(images, labels, softer))[0], soft)
 
 
 def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +286,7 @@ def test_a_small_image_is_sought_as_a_whole() -> None:
     one = case(attack="spectral", network="lenet5", steps=1)
     attack = fitted(one, leaked(one))
     assert isinstance(attack, Spectral)
-    assert attack.levels == []
+    assert set(attack.stages) == {(math.inf, POOL)}  # nor has it any maxima
     assert bool(attack.passband.all())
 
 

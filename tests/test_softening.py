@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from dlgbench.leak import gradients
 from dlgbench.networks import build
 from dlgbench.registry import NETWORKS
-from dlgbench.softening import POOL, RELU, level_max_pool, soft_max_pool, soft_relu, softened
+from dlgbench.softening import (
+    POOL,
+    RELU,
+    SHARPNESS,
+    adjustable,
+    bent,
+    level_max_pool,
+    soft_max_pool,
+    soft_relu,
+    softened,
+)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -98,6 +108,22 @@ def test_a_softened_network_is_nearly_the_same(text: str, share: float) -> None:
     ours, theirs = (gradients(n, dict(n.named_parameters()), {}, image, label) for n in (soft, network))
     for name, gradient in theirs.items():
         assert 0 < (ours[name] - gradient).norm() < share * gradient.norm(), name
+
+
+def test_adjustable_maxima_are_as_sharp_as_the_buffer_says() -> None:
+    network = build(NETWORKS.spec("resnet18"), (1, 3, 64, 64), 10, 0, torch.float64)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    soft = adjustable(network)
+    assert soft.get_buffer(SHARPNESS) == POOL
+    for sharpness in (0.5, POOL, 32.0):
+        soft.get_buffer(SHARPNESS).fill_(sharpness)
+        expected = bent(network.body, RELU, sharpness)(network.normalise(image))  # type: ignore[arg-type]
+        torch.testing.assert_close(soft(image)[0], expected)
+
+
+def test_a_network_without_maxima_has_none_to_adjust() -> None:
+    soft = adjustable(build(NETWORKS.spec("lenet5"), (1, 3, 32, 32), 10, 0))
+    assert SHARPNESS not in dict(soft.named_buffers())
 
 
 def test_a_network_without_kinks_stays_as_it_is() -> None:

@@ -5,6 +5,7 @@ What it combines, and what was measured of each part, is told in docs/attacks.md
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -23,14 +24,15 @@ from dlgbench.optim import LBFGS
 from dlgbench.peeling import peel
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
-from dlgbench.softening import softened
+from dlgbench.softening import POOL, SHARPNESS, adjustable, softened
 from dlgbench.spectrum import CONTRAST, Spectrum
 
 NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
-LEVELS, LEVEL_STEPS = (14, 28, 56), 4
-"""Frequencies, in periods a side, up to which an image is sought before the next and before all of it, and
-for how many steps at most: less than a fifth of all where these are few."""
+STAGES = (14, 1.0), (28, 1.0), (56, 2.0), (math.inf, 4.0), (math.inf, POOL)
+"""Frequencies, in periods a side, up to which an image is sought, and the sharpness of maxima meanwhile."""
+STAGE_STEPS = 4
+"""How many steps each of these takes at most: a fifth of all where these are few."""
 CLIPPED = 0.02
 """The share of pixels that may lie beyond black and white where the contrast is a guess."""
 
@@ -85,18 +87,26 @@ class Spectral(LabelsFirst):
         iterations: int = 20,
     ) -> None:
         super().__init__(network, task)
-        self.soft = softened(network)
+        self.soft = adjustable(network)
         assert isinstance(network.body, fx.GraphModule)
         main = trunk(network.body, network.head_nodes[:1])
         self.main = {f"body.{name}" for name, _ in main.named_parameters()}
         self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
-        self.levels = [level for level in LEVELS if 4 * level <= min(task.height, task.width)]
+        self.maxima = SHARPNESS in dict(self.soft.named_buffers())
+        size = min(task.height, task.width)
+        self.stages = [
+            (most if 4 * most <= size else math.inf, sharpness if self.maxima else POOL)
+            for most, sharpness in STAGES
+        ]
+        """Those of `STAGES` that make sense here: small images are sought as a whole."""
         self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
         """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
+        self.sharpness = torch.full((len(task.generators),), POOL).to(network.mean)
+        """How sharp a case's maxima are, ``(case,)``."""
         self.factors: Tensor | None = None
         """By what every case's gradients have been multiplied, ``(case,)``; None where none were."""
         self._divided: tuple[Leak, Leak] | None = None
@@ -158,15 +168,27 @@ class Spectral(LabelsFirst):
         return self._divided[1]
 
     def seen(self, leak: Leak, rows: list[int], wanted: int | None = None) -> Leak:
-        """As every attack sees it, but `divided`."""
-        return super().seen(self.divided(leak), rows, wanted)
+        """As every attack sees it, but `divided`, and with maxima as sharp as they are at this stage."""
+        return self.sharpened(super().seen(self.divided(leak), rows, wanted), rows)
+
+    def example(self, leak: Leak) -> tuple[Tensor, Tensor, Leak]:
+        """As every attack's, with some sharpness of maxima."""
+        images, labels, some = super().example(leak)
+        return images, labels, self.sharpened(some, range(len(images)))
+
+    def sharpened(self, leak: Leak, rows: Sequence[int]) -> Leak:
+        """The ``leak`` of ``rows`` with how sharp the maxima are, if the network has any."""
+        if not self.maxima:
+            return leak
+        return leak._replace(buffers={**leak.buffers, SHARPNESS: self.sharpness[rows]})
 
     def descend(self, leak: Leak, found: Tensor, rows: Sequence[int]) -> None:
         """Put into ``found`` what block after block is found of the cases ``rows``, from the head down."""
+        soft = softened(self.network)
         for row in rows:
             generator = self.generators[row]
             seen, labels = self.seen(leak, [row]).row(0), self.dummy_labels[row].softmax(-1)
-            descent = topdown.Descent(self.soft, seen, labels, self.counted(seen), self.tell, self.late)
+            descent = topdown.Descent(soft, seen, labels, self.counted(seen), self.tell, self.late)
             images = descent.images(found[row], lambda dummies: self.pixels(dummies[None])[0], generator)
             found[row] = found[row] if images is None else images
 
@@ -193,14 +215,17 @@ class Spectral(LabelsFirst):
 
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        steps = min(LEVEL_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // 5))
-        if self.levels and batch_idx % steps == 0 and batch_idx // steps <= len(self.levels):
-            self.focus([*self.levels, float("inf")][batch_idx // steps])
+        steps = min(STAGE_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // len(self.stages)))
+        stage = batch_idx // steps if batch_idx % steps == 0 else len(self.stages)
+        if stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
+            self.focus(*self.stages[stage])
 
-    def focus(self, most: float) -> None:
-        """Seek frequencies up to ``most`` periods a side of what is not fine already."""
-        coarse = self.coarse.view(-1, 1, 1, 1, 1).to(self.passband.device)
-        self.passband = ((self.spectrum.frequency <= most) | ~coarse).to(self.passband)
+    def focus(self, most: float, sharpness: float) -> None:
+        """Seek frequencies up to ``most`` periods a side of what is not fine yet, with maxima so sharp."""
+        coarse = self.coarse.to(self.passband.device)
+        shown = (self.spectrum.frequency <= most) | ~coarse.view(-1, 1, 1, 1, 1)
+        self.passband = shown.to(self.passband)
+        self.sharpness = torch.where(coarse, sharpness, POOL).to(self.sharpness)
         sought = (self.active & self.coarse).to(self.best_objective.device)
         self.best_objective[sought] = torch.inf  # of other images
 
