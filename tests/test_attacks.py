@@ -240,7 +240,8 @@ def test_what_is_fine_already_keeps_its_frequencies_and_its_best() -> None:
 
 
 def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = case(attack="spectral:iterations=1", network="resnet18", resolution=112, steps=6, dtype="float32")
+    attack = "spectral:iterations=1,sharpness=1"
+    one = case(attack=attack, network="resnet18", resolution=112, steps=6, dtype="float32")
     seen, begin = list[tuple[float, float]](), Spectral.on_train_batch_start
 
     def watched(attack: Spectral, batch: Leak, step: int) -> None:

@@ -29,8 +29,9 @@ from dlgbench.spectrum import CONTRAST, Spectrum
 
 NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
-STAGES = (14, 1.0), (28, 1.0), (56, 2.0), (math.inf, 4.0), (math.inf, POOL)
-"""Frequencies, in periods a side, up to which an image is sought, and the sharpness of maxima meanwhile."""
+STAGES = (14, 1.0), (28, 1.0), (56, 2.0), (math.inf, 4.0), (math.inf, math.inf)
+"""Frequencies, in periods a side, up to which an image is sought, and by how much maxima are sharper then
+than in the beginning; they are never sharper than `POOL`."""
 STAGE_STEPS = 4
 """How many steps each of these takes at most: a fifth of all where these are few."""
 CLIPPED = 0.02
@@ -65,7 +66,8 @@ CLIPPED = 0.02
         "channels=1,batch=1": 7,
         "resolution=16,batch=1": 7,
     },
-    positive=("learning_rate", "history", "iterations"),
+    positive=("learning_rate", "history", "iterations", "sharpness"),
+    later={"sharpness": 8.0},
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -73,7 +75,8 @@ class Spectral(LabelsFirst):
     What cannot be is sought block after block, where it is known how the blocks' inputs are distributed.
     A gradient of one image that was multiplied, as by clipping, is divided by what its head tells first.
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
-    derivative to follow, are matched through a softened copy of the network.
+    derivative to follow, are matched through a softened copy of the network; where ``sharpness`` is less than
+    `POOL`, maxima begin that soft.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
     """
 
@@ -85,6 +88,7 @@ class Spectral(LabelsFirst):
         learning_rate: float = 1.0,
         history: int = 100,
         iterations: int = 20,
+        sharpness: float = 8.0,
     ) -> None:
         super().__init__(network, task)
         self.soft = adjustable(network)
@@ -97,8 +101,8 @@ class Spectral(LabelsFirst):
         self.maxima = SHARPNESS in dict(self.soft.named_buffers())
         size = min(task.height, task.width)
         self.stages = [
-            (most if 4 * most <= size else math.inf, sharpness if self.maxima else POOL)
-            for most, sharpness in STAGES
+            (most if 4 * most <= size else math.inf, min(times * sharpness, POOL) if self.maxima else POOL)
+            for most, times in STAGES
         ]
         """Those of `STAGES` that make sense here: small images are sought as a whole."""
         self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
