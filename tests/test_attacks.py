@@ -254,6 +254,16 @@ def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPa
     assert seen == [(14, 1.0), (28, 1.0), (78, 2.0), (78, 4.0), (78, POOL), (78, POOL)]  # 55.5 of both axes
 
 
+@pytest.mark.parametrize(
+    ("sharpness", "expected"), [(0.5, [0.5, 0.5, 1, 2, POOL]), (POOL, [POOL] * 5), (24.0, [24.0] * 5)]
+)
+def test_maxima_end_at_the_usual_sharpness_or_begin_sharper(sharpness: float, expected: list[float]) -> None:
+    one = case(attack=f"spectral:sharpness={sharpness}", network="resnet18", resolution=64)
+    attack = trial.attack_on([one], network_of(one))
+    assert isinstance(attack, Spectral)
+    assert [soft for _, soft in attack.stages] == expected
+
+
 def test_a_traced_closure_takes_the_sharpness_as_it_is_at_the_call() -> None:
     one = case(attack="spectral", network="resnet18", resolution=64)
     attack = trial.attack_on([one], network_of(one))

@@ -31,7 +31,7 @@ NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
 STAGES = (14, 1.0), (28, 1.0), (56, 2.0), (math.inf, 4.0), (math.inf, math.inf)
 """Frequencies, in periods a side, up to which an image is sought, and by how much maxima are sharper then
-than in the beginning; they are never sharper than `POOL`."""
+than in the beginning; they end at `POOL`, if they do not begin sharper."""
 STAGE_STEPS = 4
 """How many steps each of these takes at most: a fifth of all where these are few."""
 CLIPPED = 0.02
@@ -75,8 +75,8 @@ class Spectral(LabelsFirst):
     What cannot be is sought block after block, where it is known how the blocks' inputs are distributed.
     A gradient of one image that was multiplied, as by clipping, is divided by what its head tells first.
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
-    derivative to follow, are matched through a softened copy of the network; where ``sharpness`` is less than
-    `POOL`, maxima begin that soft.
+    derivative to follow, are matched through a softened copy of the network, whose maxima begin with this
+    ``sharpness`` and end with `POOL`, or as they began if that is sharper.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
     """
 
@@ -99,9 +99,9 @@ class Spectral(LabelsFirst):
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
         self.maxima = SHARPNESS in dict(self.soft.named_buffers())
-        size = min(task.height, task.width)
+        size, first = min(task.height, task.width), sharpness if self.maxima else POOL
         self.stages = [
-            (most if 4 * most <= size else math.inf, min(times * sharpness, POOL) if self.maxima else POOL)
+            (most if 4 * most <= size else math.inf, min(times * first, max(first, POOL)))
             for most, times in STAGES
         ]
         """Those of `STAGES` that make sense here: small images are sought as a whole."""
