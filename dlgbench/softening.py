@@ -49,7 +49,7 @@ def soft_max_pool(
 
 
 def level_max_pool(
-    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float | Tensor = POOL
+    features: Tensor, kernel_size: int, stride: int, padding: int = 0, sharpness: float = POOL
 ) -> Tensor:
     """`soft_max_pool`, of every image and channel raised by what it is lower than the maximum on average.
 

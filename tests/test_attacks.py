@@ -259,9 +259,17 @@ def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPa
 )
 def test_maxima_end_at_the_usual_sharpness_or_begin_sharper(sharpness: float, expected: list[float]) -> None:
     one = case(attack=f"spectral:sharpness={sharpness}", network="resnet18", resolution=64)
-    attack = trial.attack_on([one], network_of(one))
+    attack = trial.attack_on([one, one], network_of(one))
     assert isinstance(attack, Spectral)
     assert [soft for _, soft in attack.stages] == expected
+    assert attack.sharpness.tolist() == [expected[-1]] * 2  # as what is solved first is judged
+    attack.coarse[0] = False
+    attack.focus(*attack.stages[0])
+    assert attack.sharpness.tolist() == [expected[-1], expected[0]]
+
+
+def test_without_the_option_maxima_are_as_they_were() -> None:
+    assert dict(case(attack="spectral").attack.options)["sharpness"] == POOL
 
 
 def test_a_traced_closure_takes_the_sharpness_as_it_is_at_the_call() -> None:

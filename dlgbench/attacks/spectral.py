@@ -104,12 +104,13 @@ class Spectral(LabelsFirst):
             (most if 4 * most <= size else math.inf, min(times * first, max(first, POOL)))
             for most, times in STAGES
         ]
-        """Those of `STAGES` that make sense here: small images are sought as a whole."""
+        """`STAGES` as they are here: small images are sought as a whole, and few networks have maxima.  What
+        is solved first is as in the last."""
         self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
         """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
-        self.sharpness = torch.full((len(task.generators),), POOL).to(network.mean)
+        self.sharpness = torch.full((len(task.generators),), self.stages[-1][1]).to(network.mean)
         """How sharp a case's maxima are, ``(case,)``."""
         self.factors: Tensor | None = None
         """By what every case's gradients have been multiplied, ``(case,)``; None where none were."""
@@ -220,8 +221,8 @@ class Spectral(LabelsFirst):
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         steps = min(STAGE_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // len(self.stages)))
-        stage = batch_idx // steps if batch_idx % steps == 0 else len(self.stages)
-        if stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
+        stage, later = divmod(batch_idx, steps)
+        if not later and stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
             self.focus(*self.stages[stage])
 
     def focus(self, most: float, sharpness: float) -> None:
@@ -229,7 +230,7 @@ class Spectral(LabelsFirst):
         coarse = self.coarse.to(self.passband.device)
         shown = (self.spectrum.frequency <= most) | ~coarse.view(-1, 1, 1, 1, 1)
         self.passband = shown.to(self.passband)
-        self.sharpness = torch.where(coarse, sharpness, POOL).to(self.sharpness)
+        self.sharpness = torch.where(coarse, sharpness, self.stages[-1][1]).to(self.sharpness)
         sought = (self.active & self.coarse).to(self.best_objective.device)
         self.best_objective[sought] = torch.inf  # of other images
 
