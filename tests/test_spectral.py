@@ -1,0 +1,254 @@
+"""What is particular to our own attack."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dlgbench.benchmarks.textbook import model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlgbench import trial
+from dlgbench.attacks.spectral import CLIPPED, Spectral
+from dlgbench.closures import Values
+from dlgbench.leak import Leak
+from dlgbench.metrics import psnr
+from dlgbench.softening import POOL, SHARPNESS
+from dlgbench.spectrum import CONTRAST
+from dlgbench.victims import network_of, secret_of
+
+from .clients import PHOTOS, case, fitted, leaked
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).square().mean())
+
+
+def test_spectral_weighs_every_layer_by_its_own_gradient() -> None:
+    one = case(attack="spectral")
+    leak, network = leaked(one), network_of(one)
+    attack = trial.attack_on([one], network)
+    image, label = torch.rand(1, 3, 32, 32).double(), F.one_hot(torch.tensor([5]), 100).double()
+    body = model("lenet_dlg", list(network.parameters()))
+    ours = torch.autograd.grad(F.cross_entropy(body(image), label), list(body.parameters()))
+    theirs = [gradient[0] for gradient in leak.gradients.values()]
+    terms = [float((a - b).norm() / b.norm()) ** 2 for a, b in zip(ours, theirs, strict=True) if b.dim() > 1]
+    logits = 1e4 * (label - 1)
+    assert float(attack.distance(image, logits, leak.row(0))) == pytest.approx(sum(terms) / len(terms))
+
+
+def test_a_layer_without_a_gradient_weighs_nothing() -> None:
+    one = case(attack="spectral")
+    leak = leaked(one)
+    silent = {n: g * 0 if n == "body.2.weight" else g for n, g in leak.gradients.items()}
+    attack = trial.attack_on([one], network_of(one))
+    image, label = secret_of(one, PHOTOS).images[0] / 2, torch.zeros(1, 100).double()
+    quiet = attack.distance(image, label, leak._replace(gradients=silent).row(0))
+    ours = attack.gradients(image, label.softmax(-1), leak.row(0))["body.2.weight"]
+    theirs = leak.gradients["body.2.weight"][0]
+    missing = (ours - theirs).square().sum() / theirs.square().sum() / 4  # one of four layers
+    assert float(quiet) == pytest.approx(float(attack.distance(image, label, leak.row(0)) - missing))
+
+
+def test_batch_norm_hides_the_contrast_about_the_mean_alone_and_it_is_guessed() -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64, image=0)  # a photo with black and white
+    leak, attack, truth = leaked(one), trial.attack_on([one], network_of(one)), secret_of(one, PHOTOS)
+    assert isinstance(attack, Spectral)
+    label = F.one_hot(truth.labels, 100).double() * 1e4
+    there, pale, dark = (
+        attack.spectrum.coefficients((images - attack.network.mean) / CONTRAST)
+        for images in (truth.images, 0.7 * attack.network.mean + 0.3 * truth.images, truth.images - 0.1)
+    )
+    values = [float(attack.evaluate(each, label, leak).objective) for each in (there, pale, dark)]
+    assert values[1] == pytest.approx(values[0], rel=1e-2)
+    assert values[2] > 2 * values[0]
+    assert error(attack.reconstructed(pale), truth.images) < error(attack.pixels(pale), truth.images) / 10
+
+
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_the_guess_is_the_same_at_any_contrast_and_fills_the_range(seed: int, factor: float) -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64)
+    attack = trial.attack_on([one, replace(one, seed=2)], network_of(one))
+    dummies = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).double()
+    found = attack.reconstructed(dummies)
+    torch.testing.assert_close(attack.reconstructed(factor * dummies), found)
+    outside = ((found < 0) | (found > 1)).double().mean((1, 2, 3, 4))
+    torch.testing.assert_close(outside, torch.full_like(outside, CLIPPED), atol=2e-4, rtol=0)
+
+
+def test_what_is_returned_fills_the_range() -> None:
+    one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
+    attack = fitted(one, leaked(one))
+    found = attack.result.images
+    assert torch.equal(found, attack.reconstructed(attack.best_images))
+    assert float(((found < 0) | (found > 1)).float().mean()) == pytest.approx(CLIPPED, abs=2e-4)
+
+
+def test_a_grey_image_has_no_contrast_to_guess() -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64)
+    attack = trial.attack_on([one], network_of(one))
+    grey = torch.zeros_like(attack.dummy_images)
+    assert torch.equal(attack.reconstructed(grey), attack.pixels(grey))
+
+
+def test_only_batch_norm_on_batch_statistics_hides_it() -> None:
+    for network, hidden in [("lenet5", False), ("resnet18:batchnorm=eval", False), ("resnet18", True)]:
+        one = case(attack="spectral", network=network, resolution=32 if network == "lenet5" else 64)
+        attack = trial.attack_on([one], network_of(one))
+        dummies = attack.dummy_images.detach()
+        assert torch.equal(attack.reconstructed(dummies), attack.pixels(dummies)) is not hidden
+
+
+def test_spectral_goes_on_where_the_objective_is_small() -> None:
+    one = case(attack="spectral", network="lenet5", steps=40, image=5, dtype="float32")  # a pale photo
+    attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS)
+    assert float(psnr(torch.tensor(error(attack.result.images[0], truth.images[0])))) > 20
+
+
+def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
+    """Noise that a closed form amplifies makes it worse than grey, and only the gradient tells."""
+    one = case(attack="spectral", defense="noise:std=0.1")
+    attack, grey = trial.attack_on([one], network_of(one)), trial.attack_on([one], network_of(one))
+    with torch.no_grad():
+        attack.look(leaked(one))
+    assert torch.equal(attack.dummy_images, grey.dummy_images)
+    with torch.no_grad():
+        attack.look(leaked(case(attack="spectral")))
+    assert not torch.equal(attack.dummy_images, grey.dummy_images)
+
+
+def test_a_large_image_is_sought_from_coarse_to_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    one = case(attack="spectral:iterations=1", network="resnet18", resolution=128, steps=10, dtype="float32")
+
+    def note(attack: Spectral, images: torch.Tensor, labels: torch.Tensor, leak: Leak) -> torch.Tensor:
+        with torch.no_grad():
+            there = attack.spectrum.coefficients(images.detach() - 0.5).abs().amax((0, 1)) > 1e-3
+            seen.append(float(attack.spectrum.frequency[there].max()))
+        return images.square().mean() + 0 * labels.sum()
+
+    monkeypatch.setattr(Spectral, "distance", note)
+    fitted(one, leaked(one))
+    levels = list(dict.fromkeys(round(most) for most in seen))
+    assert levels == [14, 28, 90]  # 56 is above a quarter of 128; the highest is 64 times root 2
+
+
+@pytest.mark.parametrize(("network", "batch", "resolution"), [("resnet18", 1, 64), ("inception_v3", 2, 299)])
+def test_layers_count_that_the_first_head_is_computed_by(network: str, batch: int, resolution: int) -> None:
+    one = case(attack="spectral", network=network, batch=batch, resolution=resolution, dtype="float32")
+    attack = trial.attack_on([one], network_of(one))
+    assert isinstance(attack, Spectral)
+    ghost = copy.deepcopy(attack.network).to("meta").requires_grad_()
+    weights = dict(ghost.named_parameters())
+    logits = ghost(torch.empty(batch, 3, resolution, resolution, device="meta"))[0]
+    slopes = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+    used = {name for name, slope in zip(weights, slopes, strict=True) if slope is not None}
+    assert attack.main == used
+    assert (used == weights.keys()) is (network == "resnet18")
+
+
+def several(count: int) -> Spectral:
+    cases = [case(attack="spectral", network="resnet18", resolution=128, image=i) for i in range(count)]
+    attack = trial.attack_on(cases, network_of(cases[0]))
+    assert isinstance(attack, Spectral)
+    return attack
+
+
+def test_what_is_fine_already_keeps_its_frequencies_and_its_best() -> None:
+    attack = several(2)
+    attack.coarse[0], attack.best_objective = False, torch.tensor([1.0, 2.0])
+    attack.focus(14, 2.0)
+    assert attack.sharpness.tolist() == [POOL, 2.0]
+    assert attack.best_objective.tolist() == [1.0, math.inf]  # the second's was of another image
+    noise = torch.randn(2, 1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
+    shown = attack.spectrum.coefficients(attack.pixels(noise) - attack.middle).abs() > 1e-9
+    assert shown[0].all()
+    assert float(attack.spectrum.frequency[shown[1, 0, 0]].max()) <= 14
+
+
+def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = "spectral:iterations=1,sharpness=1"
+    one = case(attack=attack, network="resnet18", resolution=112, steps=6, dtype="float32")
+    seen, begin = list[tuple[float, float]](), Spectral.on_train_batch_start
+
+    def watched(attack: Spectral, batch: Leak, step: int) -> None:
+        begin(attack, batch, step)
+        shown = attack.spectrum.frequency[attack.passband[0, 0, 0] > 0]
+        seen.append((round(float(shown.max())), float(attack.sharpness[0])))
+
+    monkeypatch.setattr(Spectral, "on_train_batch_start", watched)
+    fitted(one, leaked(one))
+    assert seen == [(14, 1.0), (28, 1.0), (78, 2.0), (78, 4.0), (78, POOL), (78, POOL)]  # 55.5 of both axes
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "expected"), [(0.5, [0.5, 0.5, 1, 2, POOL]), (POOL, [POOL] * 5), (24.0, [24.0] * 5)]
+)
+def test_maxima_end_at_the_usual_sharpness_or_begin_sharper(sharpness: float, expected: list[float]) -> None:
+    one = case(attack=f"spectral:sharpness={sharpness}", network="resnet18", resolution=64)
+    attack = trial.attack_on([one, one], network_of(one))
+    assert isinstance(attack, Spectral)
+    assert [soft for _, soft in attack.stages] == expected
+    assert attack.sharpness.tolist() == [expected[-1]] * 2  # as what is solved first is judged
+    attack.coarse[0] = False
+    attack.focus(*attack.stages[0])
+    assert attack.sharpness.tolist() == [expected[-1], expected[0]]
+
+
+def test_without_the_option_maxima_are_as_they_were() -> None:
+    assert dict(case(attack="spectral").attack.options)["sharpness"] == POOL
+
+
+def test_a_traced_closure_takes_the_sharpness_as_it_is_at_the_call() -> None:
+    one = case(attack="spectral", network="resnet18", resolution=64)
+    attack = trial.attack_on([one], network_of(one))
+    grey, labels, leak = attack.example(leaked(one))
+    images = torch.rand(grey.shape, generator=torch.Generator().manual_seed(0)).double()
+    assert leak.buffers[SHARPNESS].tolist() == [POOL]
+    traced = attack.closure.trace(images, labels, leak)
+    softer = leak._replace(buffers={**leak.buffers, SHARPNESS: torch.tensor([1.0]).double()})
+    sharp, soft = (attack.closure(images, labels, some).objective for some in (leak, softer))
+    assert abs(soft - sharp) > 1e-5
+    torch.testing.assert_close(traced(*attack.closure.flat(images, labels, softer))[0], soft)
+
+
+def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, sought = several(3), list[int]()
+    images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
+    monkeypatch.setattr("dlgbench.attacks.spectral.peel", lambda *told: [(1, images)])
+    monkeypatch.setattr(Spectral, "descend", lambda attack, leak, found, rows: sought.extend(rows))
+    objectives = iter((torch.tensor([3.0, 3.0, 3.0]), torch.tensor([3.0, 2.0, 3.0])))  # grey, and solved
+    monkeypatch.setattr(
+        attack, "evaluate", lambda *told: Values(next(objectives), torch.empty(0), torch.empty(0))
+    )
+    with torch.no_grad():
+        attack.solve(Leak({}, {}, {}))
+    assert sought == [0, 2]
+    assert attack.coarse.tolist() == [True, False, True]
+    torch.testing.assert_close(attack.pixels(attack.dummy_images.detach())[1], images)
+
+
+def test_a_small_image_is_sought_as_a_whole() -> None:
+    one = case(attack="spectral", network="lenet5", steps=1)
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert set(attack.stages) == {(math.inf, POOL)}  # nor has it any maxima
+    assert bool(attack.passband.all())
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_what_was_solved_is_not_blurred_by_beginning_coarse() -> None:
+    relu = "resnet18:activation=relu,batchnorm=eval"
+    one = case(attack="spectral", network=relu, resolution=64, image=0, steps=1, dtype="float32")
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert attack.passband.all()  # every frequency of it is shown, in the only step
+    error = (attack.result.images[0].clamp(0, 1) - secret_of(one, PHOTOS).images[0]).square().mean()
+    assert float(psnr(error)) > 20
