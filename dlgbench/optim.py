@@ -111,6 +111,11 @@ class LBFGS(torch.optim.Optimizer):
         self.active.copy_(running)
         return answers[0]
 
+    def forget(self, row: int) -> None:
+        """Begin ``row`` anew from where it has been moved to; how long steps are is still known."""
+        self._history.forget(row)
+        self._direction[row] = 0
+
     def _advise(self, here: _Values) -> Tensor:
         """Note the active rows' directions and first step lengths; returns the slopes, ``(row,)``."""
         slope = torch.zeros(len(self.active), dtype=torch.float64)

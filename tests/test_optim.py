@@ -255,3 +255,28 @@ def test_a_row_whose_direction_climbs_forgets_and_goes_on() -> None:
     for _ in range(4):
         optimizer.step(closure)
     assert float(quartic(x.detach())) < 1e-9 * before
+
+
+def test_a_row_that_was_moved_begins_anew_with_the_length_it_had() -> None:
+    scales = torch.logspace(0, 3, 8, dtype=torch.float64)
+    place = torch.nn.Parameter(torch.ones(2, 8, dtype=torch.float64))
+    optimizer = LBFGS([place], line_search=backtracking, max_iter=5)
+
+    def closure() -> Tensor:
+        place.grad = scales * place.detach()
+        return (scales * place.detach().square()).sum(1) / 2
+
+    optimizer.step(closure)
+    assert torch.equal(place[0], place[1])
+    with torch.no_grad():
+        place[0] = 1
+    optimizer.forget(0)
+    optimizer.max_iter = 1
+    before = place.detach().clone()
+    optimizer.step(closure)
+    moved = place.detach() - before
+    steepest = -scales * before
+    cosine = torch.nn.functional.cosine_similarity(moved, steepest, dim=1)
+    assert float(cosine[0]) == pytest.approx(1, abs=1e-12)
+    assert float(cosine[1]) < 0.999
+    assert float(moved[0].norm()) < 1  # not as far as a gradient without its scale would lead

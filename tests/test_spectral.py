@@ -206,6 +206,74 @@ def test_without_the_option_maxima_are_as_they_were() -> None:
     assert dict(case(attack="spectral").attack.options)["sharpness"] == POOL
 
 
+def noisy(count: int) -> Spectral:
+    """Cases of 128 px in the middle of their descent, at a photo with noise."""
+    attack = several(count)
+    attack.smoothing = 0.2
+    attack.configure_optimizers()
+    images = secret_of(case(network="resnet18", resolution=128), PHOTOS).images
+    noise = 0.04 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        attack.dummy_images[:] = attack.spectrum.coefficients((images + noise - attack.middle) / CONTRAST)
+    attack.best_objective[:] = 0.01
+    return attack
+
+
+def test_smoothing_brings_what_is_noisy_nearer_to_the_photo() -> None:
+    attack = noisy(1)
+    truth = secret_of(case(network="resnet18", resolution=128), PHOTOS).images
+    before = error(attack.pixels(attack.dummy_images.detach()), truth)
+    attack.smooth()
+    assert error(attack.pixels(attack.dummy_images.detach()), truth) < 0.8 * before
+
+
+def test_smoothing_does_not_ask_how_strong_the_contrast_is() -> None:
+    attack, pale = noisy(1), noisy(1)
+    with torch.no_grad():
+        pale.dummy_images.div_(8)
+    attack.smooth()
+    pale.smooth()
+    torch.testing.assert_close(8 * pale.dummy_images, attack.dummy_images)
+
+
+def test_the_nearer_the_gradient_the_less_is_smoothed() -> None:
+    attack = noisy(3)
+    attack.best_objective = torch.tensor([1.0, 0.01, 1e-6])
+    before = attack.dummy_images.detach().clone()
+    attack.smooth()
+    moved = (attack.dummy_images - before).flatten(1).norm(dim=1).tolist()
+    assert moved[0] == pytest.approx(moved[1], rel=1e-12)  # as much as the option allows
+    assert moved[2] < moved[1] / 10
+
+
+def test_what_is_solved_done_or_not_shown_is_not_smoothed() -> None:
+    attack = noisy(3)
+    attack.coarse[0] = attack.active[1] = False
+    attack.focus(14, 2.0)
+    attack.best_objective[:] = 0.01
+    before = attack.dummy_images.detach().clone()
+    attack.smooth()
+    assert torch.equal(attack.dummy_images[:2], before[:2])
+    moved = (attack.dummy_images[2] != before[2])[0, 0]
+    assert float(attack.spectrum.frequency[moved].max()) <= 14
+    assert moved[attack.spectrum.frequency <= 14].all()
+
+
+def test_smoothing_begins_every_stage_and_goes_on_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, smooth = list[int](), Spectral.smooth
+
+    def watched(attack: Spectral) -> None:
+        assert attack.best_objective.isfinite().all()  # of the stage that ends
+        steps.append(len(attack.trace))
+        smooth(attack)
+
+    monkeypatch.setattr(Spectral, "smooth", watched)
+    for options in ("", ",smoothing=0.2"):
+        one = case(attack=f"spectral:iterations=1{options}", network="resnet18", resolution=64, steps=12)
+        fitted(one, leaked(one))
+    assert steps == [2, 4, 6, 8, 10]
+
+
 def test_a_traced_closure_takes_the_sharpness_as_it_is_at_the_call() -> None:
     one = case(attack="spectral", network="resnet18", resolution=64)
     attack = trial.attack_on([one], network_of(one))

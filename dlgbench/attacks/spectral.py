@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from dlgbench import topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.denoising import denoised
 from dlgbench.inversion import trunk
 from dlgbench.labels import factor
 from dlgbench.leak import Leak, gradients, relative_square, statistics
@@ -34,6 +35,9 @@ STAGES = (14, 1.0), (28, 1.0), (56, 2.0), (math.inf, 4.0), (math.inf, math.inf)
 than in the beginning; they end at `POOL`, if they do not begin sharper."""
 STAGE_STEPS = 4
 """How many steps each of these takes at most: a fifth of all where these are few."""
+MISFIT = 2.5
+"""How strongly to smooth, in deviations of the image, where the relative distance of the gradient, rooted, is
+1, and in proportion where it is less.  Measured on resnet18: docs/attacks.md."""
 CLIPPED = 0.02
 """The share of pixels that may lie beyond black and white where the contrast is a guess."""
 
@@ -41,7 +45,7 @@ CLIPPED = 0.02
 @ATTACKS.register(
     "spectral",
     labels="recovered first, by counts",
-    priors="smooth and pale where the gradient leaves it open, range of pixels",
+    priors="smooth and pale where the gradient leaves it open, range of pixels, patches alike where smoothed",
     ahead={
         "default": 500,
         "network=inception_v3": 1000,
@@ -67,7 +71,8 @@ CLIPPED = 0.02
         "resolution=16,batch=1": 7,
     },
     positive=("learning_rate", "history", "iterations", "sharpness"),
-    later={"sharpness": 8.0},
+    nonnegative=("smoothing",),
+    later={"sharpness": 8.0, "smoothing": 0.0},
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -77,6 +82,8 @@ class Spectral(LabelsFirst):
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network, whose maxima begin with this
     ``sharpness`` and end with `POOL`, or as they began if that is sharper.
+    Between stages noise is taken out of what is matched: what patches nearby, which differ by at most about
+    ``smoothing`` of the image's deviation, do not have in common; none is if that is 0.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
     """
 
@@ -89,6 +96,7 @@ class Spectral(LabelsFirst):
         history: int = 100,
         iterations: int = 20,
         sharpness: float = 8.0,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__(network, task)
         self.soft = adjustable(network)
@@ -106,6 +114,7 @@ class Spectral(LabelsFirst):
         ]
         """`STAGES` as they are here: small images are sought as a whole, and few networks have maxima.  What
         is solved first is as in the last."""
+        self.smoothing = smoothing
         self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
@@ -216,14 +225,34 @@ class Spectral(LabelsFirst):
         return torch.stack([relative_square(a, b) for a, b in pairs]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer([self.dummy_images])
+        self.lbfgs = self.optimizer([self.dummy_images])
+        return self.lbfgs
 
     def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         steps = min(STAGE_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // len(self.stages)))
         stage, later = divmod(batch_idx, steps)
+        if not later and stage and self.smoothing:
+            self.smooth()
         if not later and stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
             self.focus(*self.stages[stage])
+
+    @torch.no_grad()
+    def smooth(self) -> None:
+        """Take noise out of what is sought from coarse to fine: the less, the closer its gradient is.
+
+        What a gradient tells badly a descent leaves at random, and of that it rarely finds its way back.
+        """
+        deviations = self.pixels(self.dummy_images) - self.middle
+        misfits = MISFIT * self.best_objective.sqrt()
+        strength = misfits.clamp(max=self.smoothing)[:, None] * deviations.flatten(2).std(2)
+        clean = denoised(deviations.flatten(0, 1), strength.flatten()).view_as(deviations)
+        found = self.spectrum.coefficients(clean / CONTRAST)
+        rows = (self.active & self.coarse).nonzero().squeeze(1).tolist()
+        for row in rows:
+            shown = self.passband[row % len(self.passband)] > 0
+            self.dummy_images[row] = torch.where(shown, found[row], self.dummy_images[row])
+            self.lbfgs.forget(row)
 
     def focus(self, most: float, sharpness: float) -> None:
         """Seek frequencies up to ``most`` periods a side of what is not fine yet, with maxima so sharp."""
