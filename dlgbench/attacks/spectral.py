@@ -248,10 +248,10 @@ class Spectral(LabelsFirst):
         strength = misfits.clamp(max=self.smoothing)[:, None] * deviations.flatten(2).std(2)
         clean = denoised(deviations.flatten(0, 1), strength.flatten()).view_as(deviations)
         found = self.spectrum.coefficients(clean / CONTRAST)
-        rows = (self.active & self.coarse).nonzero().squeeze(1).tolist()
-        for row in rows:
-            shown = self.passband[row % len(self.passband)] > 0
-            self.dummy_images[row] = torch.where(shown, found[row], self.dummy_images[row])
+        sought = self.active & self.coarse
+        moved = (self.passband > 0) & sought.to(self.passband.device).view(-1, 1, 1, 1, 1)
+        self.dummy_images.copy_(torch.where(moved, found, self.dummy_images))
+        for row in sought.nonzero().squeeze(1).tolist():
             self.lbfgs.forget(row)
 
     def focus(self, most: float, sharpness: float) -> None:
