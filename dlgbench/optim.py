@@ -111,9 +111,8 @@ class LBFGS(torch.optim.Optimizer):
         self.active.copy_(running)
         return answers[0]
 
-    def forget(self, row: int) -> None:
-        """Begin ``row`` anew from where it has been moved to; how long steps are is still known."""
-        self._history.forget(row)
+    def moved(self, row: int) -> None:
+        """Go on with ``row`` from where it has been moved to: no pair (s, y) is made across the move."""
         self._direction[row] = 0
 
     def _advise(self, here: _Values) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -257,26 +258,32 @@ def test_a_row_whose_direction_climbs_forgets_and_goes_on() -> None:
     assert float(quartic(x.detach())) < 1e-9 * before
 
 
-def test_a_row_that_was_moved_begins_anew_with_the_length_it_had() -> None:
+def test_a_row_that_was_moved_goes_on_with_the_pairs_from_before() -> None:
+    """Their direction there is that of the two loops (Nocedal and Wright 2006, algorithm 7.4) over those."""
     scales = torch.logspace(0, 3, 8, dtype=torch.float64)
-    place = torch.nn.Parameter(torch.ones(2, 8, dtype=torch.float64))
-    optimizer = LBFGS([place], line_search=backtracking, max_iter=5)
+    place = torch.nn.Parameter(torch.ones(1, 8, dtype=torch.float64))
+    optimizer = LBFGS([place], line_search=backtracking, max_iter=1)
+    places: list[Tensor] = []
 
     def closure() -> Tensor:
         place.grad = scales * place.detach()
         return (scales * place.detach().square()).sum(1) / 2
 
-    optimizer.step(closure)
-    assert torch.equal(place[0], place[1])
+    for _ in range(5):
+        places.append(place.detach()[0].clone())
+        optimizer.step(closure)
     with torch.no_grad():
-        place[0] = 1
-    optimizer.forget(0)
-    optimizer.max_iter = 1
-    before = place.detach().clone()
+        place.copy_(torch.linspace(1, 2, 8)[None])
+    optimizer.moved(0)
+    before = place.detach()[0].clone()
     optimizer.step(closure)
-    moved = place.detach() - before
-    steepest = -scales * before
-    cosine = torch.nn.functional.cosine_similarity(moved, steepest, dim=1)
-    assert float(cosine[0]) == pytest.approx(1, abs=1e-12)
-    assert float(cosine[1]) < 0.999
-    assert float(moved[0].norm()) < 1  # not as far as a gradient without its scale would lead
+    pairs = [(b - a, scales * (b - a)) for a, b in itertools.pairwise(places)]
+    direction, weights = -scales * before, list[Tensor]()
+    for s, y in reversed(pairs):
+        weights.append(s @ direction / (s @ y))
+        direction = direction - weights[-1] * y
+    direction = direction * (pairs[-1][0] @ pairs[-1][1]) / pairs[-1][1].square().sum()
+    for (s, y), weight in zip(pairs, reversed(weights), strict=True):
+        direction = direction + (weight - y @ direction / (s @ y)) * s
+    step = place.detach()[0] - before
+    torch.testing.assert_close(step / step.norm(), direction / direction.norm())

@@ -232,9 +232,11 @@ class Spectral(LabelsFirst):
         super().on_train_batch_start(batch, batch_idx)
         steps = min(STAGE_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // len(self.stages)))
         stage, later = divmod(batch_idx, steps)
-        if not later and stage and self.smoothing:
+        if later:
+            return
+        if stage and self.smoothing:
             self.smooth()
-        if not later and stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
+        if stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
             self.focus(*self.stages[stage])
 
     @torch.no_grad()
@@ -252,7 +254,7 @@ class Spectral(LabelsFirst):
         moved = (self.passband > 0) & sought.to(self.passband.device).view(-1, 1, 1, 1, 1)
         self.dummy_images.copy_(torch.where(moved, found, self.dummy_images))
         for row in sought.nonzero().squeeze(1).tolist():
-            self.lbfgs.forget(row)
+            self.lbfgs.moved(row)
 
     def focus(self, most: float, sharpness: float) -> None:
         """Seek frequencies up to ``most`` periods a side of what is not fine yet, with maxima so sharp."""
