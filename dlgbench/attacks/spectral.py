@@ -56,6 +56,7 @@ CLIPPED = 0.02
         "network=lenet5": 2000,
     },
     revision={
+        "attack.smoothing=0.4": 6,
         "defense=clip,batch=1": 11,
         "defense=local,batch=1": 11,
         "default": 4,
