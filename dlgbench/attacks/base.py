@@ -97,7 +97,7 @@ class Attack(pl.LightningModule, ABC):
         self.tell: Callable[[float], None] = lambda objective: None
         self.late: Callable[[], bool] = lambda: False
         self._at_new_iterate = True
-        self._gathered: tuple[list[int], Leak] | None = None
+        self._gathered: tuple[Leak, list[int], Leak] | None = None
 
     @abstractmethod
     def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -220,10 +220,11 @@ class Attack(pl.LightningModule, ABC):
         )
 
     def _gather(self, leak: Leak, rows: list[int]) -> Leak:
-        """The leak of ``rows``, copied anew only where they are not those of the last call."""
-        if self._gathered is None or self._gathered[0] != rows:
-            self._gathered = rows, leak.rows(torch.tensor(rows, device=self.device))
-        return self._gathered[1]
+        """The leak of ``rows``, copied anew only where it or they are not those of the last call."""
+        last = self._gathered
+        if last is None or last[0] is not leak or last[1] != rows:
+            last = self._gathered = leak, rows, leak.rows(torch.tensor(rows, device=self.device))
+        return last[2]
 
     def _relative(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         ours = self.gradients(images, labels, leak)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from dlgbench import topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.closures import Values
 from dlgbench.denoising import denoised
 from dlgbench.inversion import trunk
 from dlgbench.labels import factor
@@ -30,9 +31,9 @@ from dlgbench.spectrum import CONTRAST, Spectrum
 
 NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
-STAGES = (14, 1.0), (28, 1.0), (56, 2.0), (math.inf, 4.0), (math.inf, math.inf)
+STAGES = (14, 1.0), (28, 1.0), (56, 1.0), (math.inf, 2.0), (math.inf, 4.0)
 """Frequencies, in periods a side, up to which an image is sought, and by how much maxima are sharper then
-than in the beginning; they end at `POOL`, if they do not begin sharper."""
+than in the beginning; they are no sharper than `POOL`, if they do not begin sharper."""
 STAGE_STEPS = 4
 """How many steps each of these takes at most: a fifth of all where these are few."""
 MISFIT = 2.5
@@ -56,7 +57,7 @@ CLIPPED = 0.02
         "network=lenet5": 2000,
     },
     revision={
-        "attack.smoothing=0.4": 6,
+        "attack.sharpness=1.0": 6,
         "defense=clip,batch=1": 11,
         "defense=local,batch=1": 11,
         "default": 4,
@@ -72,8 +73,8 @@ CLIPPED = 0.02
         "resolution=16,batch=1": 7,
     },
     positive=("learning_rate", "history", "iterations", "sharpness"),
-    nonnegative=("smoothing",),
-    later={"sharpness": 8.0, "smoothing": 0.0},
+    nonnegative=("smoothing", "correction"),
+    later={"sharpness": 8.0, "smoothing": 0.0, "correction": 0.0},
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -82,7 +83,9 @@ class Spectral(LabelsFirst):
     A gradient of one image that was multiplied, as by clipping, is divided by what its head tells first.
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
     derivative to follow, are matched through a softened copy of the network, whose maxima begin with this
-    ``sharpness`` and end with `POOL`, or as they began if that is sharper.
+    ``sharpness`` and become sharper, but not beyond `POOL`.  By what the copy errs on what has been found,
+    times ``correction``, the target errs too, anew at every stage (defect correction: Stetter 1978, "The
+    defect correction principle and discretization methods").
     Between stages noise is taken out of what is matched: what patches nearby, which differ by at most about
     ``smoothing`` of the image's deviation, do not have in common; none is if that is 0.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
@@ -98,6 +101,7 @@ class Spectral(LabelsFirst):
         iterations: int = 20,
         sharpness: float = 8.0,
         smoothing: float = 0.0,
+        correction: float = 0.0,
     ) -> None:
         super().__init__(network, task)
         self.soft = adjustable(network)
@@ -115,7 +119,9 @@ class Spectral(LabelsFirst):
         ]
         """`STAGES` as they are here: small images are sought as a whole, and few networks have maxima.  What
         is solved first is as in the last."""
-        self.smoothing = smoothing
+        self.smoothing, self.correction = smoothing, correction
+        self.target: Leak | None = None
+        """What is matched, where that is not the leak itself."""
         self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
@@ -171,7 +177,6 @@ class Spectral(LabelsFirst):
         factors = [factor(self.network, leak.row(case)) for case in cases]
         some = any(found != 1 for found in factors)
         self.factors = torch.tensor(factors).to(self.dummy_images) if some else None
-        self._gathered = None  # what was gathered is not divided
 
     def divided(self, leak: Leak) -> Leak:
         """``leak`` before its gradients were multiplied, copied once for every leak."""
@@ -181,6 +186,10 @@ class Spectral(LabelsFirst):
             parts = {n: g / self.factors.view(-1, *(1,) * (g.dim() - 1)) for n, g in leak.gradients.items()}
             self._divided = leak, leak._replace(gradients=parts)
         return self._divided[1]
+
+    def evaluate(self, dummies: Tensor, labels: Tensor, leak: Leak) -> Values:
+        """As every attack's, of the `target`."""
+        return super().evaluate(dummies, labels, self.target or leak)
 
     def seen(self, leak: Leak, rows: list[int], wanted: int | None = None) -> Leak:
         """As every attack sees it, but `divided`, and with maxima as sharp as they are at this stage."""
@@ -219,11 +228,16 @@ class Spectral(LabelsFirst):
         its few positions passes on little but signs, which softened maxima get wrong.
         A batch's statistics count as weights do, where the client shares them.
         """
-        ours = gradients(self.soft, leak.weights, leak.buffers, images, labels.softmax(-1))
-        seen = statistics(self.soft, leak.weights, leak.buffers, images)
-        pairs = [(ours[name], leak.gradients[name]) for name in self.counted(leak)]
-        pairs += [(seen[name], leak.buffers[name]) for name in seen]
+        ours = self.answer(self.soft, images, labels.softmax(-1), leak)
+        pairs = [(ours.gradients[name], leak.gradients[name]) for name in ours.gradients]
+        pairs += [(ours.buffers[name], leak.buffers[name]) for name in ours.buffers]
         return torch.stack([relative_square(a, b) for a, b in pairs]).mean()
+
+    def answer(self, network: Network, images: Tensor, labels: Tensor, leak: Leak) -> Leak:
+        """What the `distance` is of, of one case: gradients of weights, and statistics that are shared."""
+        ours = gradients(network, leak.weights, leak.buffers, images, labels)
+        seen = statistics(network, leak.weights, leak.buffers, images)
+        return leak._replace(gradients={name: ours[name] for name in self.counted(leak)}, buffers=seen)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.lbfgs = self.optimizer([self.dummy_images])
@@ -239,6 +253,8 @@ class Spectral(LabelsFirst):
             self.smooth()
         if stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
             self.focus(*self.stages[stage])
+        if stage and self.correction:
+            self.correct(batch)
 
     @torch.no_grad()
     def smooth(self) -> None:
@@ -265,6 +281,31 @@ class Spectral(LabelsFirst):
         self.sharpness = torch.where(coarse, sharpness, self.stages[-1][1]).to(self.sharpness)
         sought = (self.active & self.coarse).to(self.best_objective.device)
         self.best_objective[sought] = torch.inf  # of other images
+
+    @torch.no_grad()
+    def correct(self, leak: Leak) -> None:
+        """Make the target of what is sought err as the softened network does on what has been found."""
+        _, *parts = self.target or leak
+        buffers, shared = ({name: tensor.clone() for name, tensor in part.items()} for part in parts)
+        for row in (self.active & self.coarse).nonzero().squeeze(1).tolist():
+            soft, hard = self.answers(leak, row)
+            factor = 1 if self.factors is None else self.factors[row]
+            for name, gradient in soft.gradients.items():
+                error = factor * (gradient - hard.gradients[name])
+                shared[name][row] = leak.gradients[name][row] + self.correction * error
+            for name, told in soft.buffers.items():
+                buffers[name][row] = leak.buffers[name][row] + self.correction * (told - hard.buffers[name])
+            self.best_objective[row] = torch.inf  # of another target
+            self.lbfgs.moved(row)
+            self.closures[row] += 1
+        self.target = Leak(leak.weights, buffers, shared)
+
+    def answers(self, leak: Leak, row: int) -> tuple[Leak, Leak]:
+        """What clients of the softened and of the true network would tell of what has been found."""
+        image, labels = self.pixels(self.dummy_images)[row], self.dummy_labels[row].softmax(-1)
+        seen = self.seen(leak, [row]).row(0)
+        soft, hard = (self.answer(network, image, labels, seen) for network in (self.soft, self.network))
+        return soft, hard
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
         """`pixels`, with a guess of the contrast where it is hidden: the most that leaves them in range."""
