@@ -185,13 +185,16 @@ def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Spectral, "on_train_batch_start", watched)
     fitted(one, leaked(one))
-    assert seen == [(14, 1.0), (28, 1.0), (78, 2.0), (78, 4.0), (78, POOL), (78, POOL)]  # 55.5 of both axes
+    assert seen == [(14, 1.0), (28, 1.0), (78, 1.0), (78, 2.0), (78, 4.0), (78, 4.0)]  # 55.5 of both axes
 
 
 @pytest.mark.parametrize(
-    ("sharpness", "expected"), [(0.5, [0.5, 0.5, 1, 2, POOL]), (POOL, [POOL] * 5), (24.0, [24.0] * 5)]
+    ("sharpness", "expected"),
+    [(0.5, [0.5, 0.5, 0.5, 1, 2]), (4.0, [4, 4, 4, POOL, POOL]), (POOL, [POOL] * 5), (24.0, [24.0] * 5)],
 )
-def test_maxima_end_at_the_usual_sharpness_or_begin_sharper(sharpness: float, expected: list[float]) -> None:
+def test_maxima_are_no_sharper_than_usual_if_they_do_not_begin_sharper(
+    sharpness: float, expected: list[float]
+) -> None:
     one = case(attack=f"spectral:sharpness={sharpness}", network="resnet18", resolution=64)
     attack = trial.attack_on([one, one], network_of(one))
     assert isinstance(attack, Spectral)
