@@ -122,7 +122,7 @@ class Attack(pl.LightningModule, ABC):
         """What an attack does once, before its first step: nothing, unless it infers something first."""
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
-        """`pixels`, unless an attack makes more of them by guessing what no gradient tells."""
+        """`pixels`, unless an attack makes more of them by guessing what its gradient does not tell."""
         return self.pixels(dummies)
 
     def evaluate(self, dummies: Tensor, labels: Tensor, leak: Leak) -> Values:
@@ -203,8 +203,8 @@ class Attack(pl.LightningModule, ABC):
         objective = self.evaluate(self.best_images, self.best_labels, leak).objective
         images, labels = self.reconstructed(self.best_images), self.best_labels.softmax(-1)
         with torch.no_grad():
-            seen = self.seen(leak, list(cases))
-            relative = torch.stack([self._relative(images[i], labels[i], seen.row(i)) for i in cases])
+            seen, matched = self.seen(leak, list(cases)), self.pixels(self.best_images)
+            relative = torch.stack([self._relative(matched[i], labels[i], seen.row(i)) for i in cases])
         self.result = Reconstruction(images.cpu(), labels.cpu(), objective.cpu(), relative.cpu())
 
     def keep(self, objective: Tensor) -> None:

@@ -258,20 +258,24 @@ class Spectral(LabelsFirst):
 
     @torch.no_grad()
     def smooth(self) -> None:
-        """Take noise out of what is sought from coarse to fine: the less, the closer its gradient is.
-
-        What a gradient tells badly a descent leaves at random, and of that it rarely finds its way back.
-        """
-        deviations = self.pixels(self.dummy_images) - self.middle
-        misfits = MISFIT * self.best_objective.sqrt()
-        strength = misfits.clamp(max=self.smoothing)[:, None] * deviations.flatten(2).std(2)
-        clean = denoised(deviations.flatten(0, 1), strength.flatten()).view_as(deviations)
-        found = self.spectrum.coefficients(clean / CONTRAST)
+        """Go on without the noise in what is sought from coarse to fine."""
+        found = self.spectrum.coefficients(self.clean(self.dummy_images) / CONTRAST)
         sought = self.active & self.coarse
         moved = (self.passband > 0) & sought.to(self.passband.device).view(-1, 1, 1, 1, 1)
         self.dummy_images.copy_(torch.where(moved, found, self.dummy_images))
         for row in sought.nonzero().squeeze(1).tolist():
             self.lbfgs.moved(row)
+
+    def clean(self, dummies: Tensor) -> Tensor:
+        """Deviations from the middle without noise: the less is taken out, the closer the gradient is.
+
+        What a gradient tells badly a descent leaves at random, and of that it rarely finds its way back.
+        """
+        deviations = self.pixels(dummies) - self.middle
+        strength = (MISFIT * self.best_objective.sqrt()).clamp(max=self.smoothing)
+        strength = torch.where(self.coarse.to(strength.device), strength, 0)
+        strengths = strength[:, None] * deviations.flatten(2).std(2)
+        return denoised(deviations.flatten(0, 1), strengths.flatten()).view_as(deviations)
 
     def focus(self, most: float, sharpness: float) -> None:
         """Seek frequencies up to ``most`` periods a side of what is not fine yet, with maxima so sharp."""
@@ -308,8 +312,8 @@ class Spectral(LabelsFirst):
         return soft, hard
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
-        """`pixels`, with a guess of the contrast where it is hidden: the most that leaves them in range."""
-        images = self.pixels(dummies)
+        """Without noise, and where contrast is hidden with a guess: the most that leaves them in range."""
+        images = self.middle + self.clean(dummies) if self.smoothing else self.pixels(dummies)
         deviations = images - self.middle
         return self.middle + self.contrast(deviations) * deviations if self.hidden else images
 
