@@ -88,7 +88,7 @@ def test_what_is_corrected_is_judged_by_the_client_s_own_gradient() -> None:
     )
     leak = leaked(one)
     attack = fitted(one, leak)
-    images, labels = attack.result.images[0], attack.result.labels[0]
+    images, labels = attack.pixels(attack.best_images)[0], attack.result.labels[0]
     ours = attack.gradients(images, labels, leak.row(0))
     squares = [
         ((ours[name] - theirs[0]).square().sum(), theirs.square().sum())

@@ -262,6 +262,31 @@ def test_what_is_solved_done_or_not_shown_is_not_smoothed() -> None:
     assert moved[attack.spectrum.frequency <= 14].all()
 
 
+def test_what_is_returned_is_without_noise_unless_it_was_solved() -> None:
+    attack = noisy(2)
+    attack.coarse[1], attack.hidden = False, False  # what contrast is guessed is another question
+    found = attack.dummy_images.detach()
+    clean = attack.reconstructed(found)
+    attack.smoothing = 0.0
+    as_it_is = attack.reconstructed(found)
+    truth = secret_of(case(network="resnet18", resolution=128), PHOTOS).images[0]
+    assert error(clean[0], truth) < 0.8 * error(as_it_is[0], truth)
+    torch.testing.assert_close(clean[1], as_it_is[1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
+def test_distances_are_the_iterate_s(smoothing: float) -> None:
+    attack = f"spectral:iterations=1,smoothing={smoothing}"
+    one = case(attack=attack, network="resnet18", resolution=64, steps=2)
+    leak = leaked(one)
+    found = fitted(one, leak)
+    ours = found.gradients(found.pixels(found.best_images)[0], found.result.labels[0], leak.row(0))
+    theirs = {name: gradient[0] for name, gradient in leak.gradients.items()}
+    squares = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
+    sizes = sum(gradient.square().sum() for gradient in theirs.values())
+    assert float(found.result.relative[0]) == pytest.approx(float(squares / sizes), rel=1e-9)
+
+
 def test_smoothing_begins_every_stage_and_goes_on_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, smooth = list[int](), Spectral.smooth
 
