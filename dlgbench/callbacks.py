@@ -100,7 +100,7 @@ class Guard(pl.Callback):
         self, trainer: pl.Trainer, attack: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(attack, Attack)
-        largest = attack.reconstructed(attack.dummy_images.detach()).flatten(1).abs().amax(1)
+        largest = attack.matched(attack.dummy_images.detach()).flatten(1).abs().amax(1)
         sound = (attack.trace[-1].isfinite() & (largest < BLOW_UP)).cpu()  # where it is NaN: not sound
         late = self.late()
         for row in attack.active.nonzero().squeeze(1).tolist():
