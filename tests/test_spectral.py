@@ -274,13 +274,13 @@ def test_what_is_returned_is_without_noise_unless_it_was_solved() -> None:
     torch.testing.assert_close(clean[1], as_it_is[1])
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.4])
-def test_distances_are_the_iterate_s(smoothing: float) -> None:
-    attack = f"spectral:iterations=1,smoothing={smoothing}"
-    one = case(attack=attack, network="resnet18", resolution=64, steps=2)
+@pytest.mark.parametrize("options", ["", ",smoothing=0.4", ",correction=1,sharpness=1"])
+def test_distances_are_of_what_was_matched_to_the_client_s_own_gradient(options: str) -> None:
+    one = case(attack=f"spectral:iterations=2{options}", network="resnet18", resolution=64, steps=6)
     leak = leaked(one)
     found = fitted(one, leak)
-    ours = found.gradients(found.pixels(found.best_images)[0], found.result.labels[0], leak.row(0))
+    matched = found.pixels(found.best_images) if "smoothing" in options else found.result.images
+    ours = found.gradients(matched[0], found.result.labels[0], leak.row(0))
     theirs = {name: gradient[0] for name, gradient in leak.gradients.items()}
     squares = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
     sizes = sum(gradient.square().sum() for gradient in theirs.values())

@@ -125,6 +125,10 @@ class Attack(pl.LightningModule, ABC):
         """`pixels`, unless an attack makes more of them by guessing what its gradient does not tell."""
         return self.pixels(dummies)
 
+    def matched(self, dummies: Tensor) -> Tensor:
+        """The images whose distance is told: `reconstructed`, unless more was done to those afterwards."""
+        return self.reconstructed(dummies)
+
     def evaluate(self, dummies: Tensor, labels: Tensor, leak: Leak) -> Values:
         """Objectives and their gradients in the dummies; NaN and 0 for cases that are not active."""
         leaf = dummies.detach().requires_grad_()
@@ -203,7 +207,7 @@ class Attack(pl.LightningModule, ABC):
         objective = self.evaluate(self.best_images, self.best_labels, leak).objective
         images, labels = self.reconstructed(self.best_images), self.best_labels.softmax(-1)
         with torch.no_grad():
-            seen, matched = self.seen(leak, list(cases)), self.pixels(self.best_images)
+            seen, matched = self.seen(leak, list(cases)), self.matched(self.best_images)
             relative = torch.stack([self._relative(matched[i], labels[i], seen.row(i)) for i in cases])
         self.result = Reconstruction(images.cpu(), labels.cpu(), objective.cpu(), relative.cpu())
 

@@ -57,7 +57,8 @@ CLIPPED = 0.02
         "network=lenet5": 2000,
     },
     revision={
-        "attack.sharpness=1.0": 6,
+        "attack.sharpness!=8.0": 6,
+        "attack.smoothing!=0.0": 6,
         "defense=clip,batch=1": 11,
         "defense=local,batch=1": 11,
         "default": 4,
@@ -293,9 +294,9 @@ class Spectral(LabelsFirst):
         buffers, shared = ({name: tensor.clone() for name, tensor in part.items()} for part in parts)
         for row in (self.active & self.coarse).nonzero().squeeze(1).tolist():
             soft, hard = self.answers(leak, row)
-            factor = 1 if self.factors is None else self.factors[row]
+            times = 1 if self.factors is None else self.factors[row]
             for name, gradient in soft.gradients.items():
-                error = factor * (gradient - hard.gradients[name])
+                error = times * (gradient - hard.gradients[name])
                 shared[name][row] = leak.gradients[name][row] + self.correction * error
             for name, told in soft.buffers.items():
                 buffers[name][row] = leak.buffers[name][row] + self.correction * (told - hard.buffers[name])
@@ -316,6 +317,10 @@ class Spectral(LabelsFirst):
         images = self.middle + self.clean(dummies) if self.smoothing else self.pixels(dummies)
         deviations = images - self.middle
         return self.middle + self.contrast(deviations) * deviations if self.hidden else images
+
+    def matched(self, dummies: Tensor) -> Tensor:
+        """As it is before noise is taken out."""
+        return self.pixels(dummies) if self.smoothing else super().matched(dummies)
 
     def contrast(self, deviations: Tensor) -> Tensor:
         """By what to multiply each case's deviations from the middle, ``(case, 1, 1, 1, 1)``.
