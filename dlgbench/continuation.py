@@ -25,7 +25,7 @@ WIDEST, NARROWEST, LEVELS = 1.0, 0.002, 14
 """The bends, in units of the features' root mean square, from level to level by the same factor."""
 PRIOR = 0.1
 """The weight of the coefficients' mean square, in units of the bend squared, which is about what a bent
-network misses of the truth's features and gradients.  Measured on lenet5: docs/attacks.md."""
+network misses of the truth's features and gradients.  Measured on lenet5: docs/tried.md."""
 ITERATIONS, HISTORY = 80, 100
 """Of L-BFGS on each level."""
 

@@ -20,7 +20,7 @@ from dlgbench.spectrum import CONTRAST, Spectrum
 
 SOFTEST, SHARPEST, LEVELS = 0.5, 16.0, 8
 """The sharpness of maxima, from level to level by the same factor.  Which of nine positions is the largest is
-what a descent cannot revise; measured, as all here, on resnet18 at 224 px: docs/attacks.md."""
+what a descent cannot revise; measured, as all here, on resnet18 at 224 px: docs/tried.md."""
 PRIOR, FALL = 0.05, 1.0
 """The weight of how large coefficients are for photos, which fall so fast with frequency, where nothing
 matched of a layer counts as 1."""

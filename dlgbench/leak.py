@@ -5,7 +5,7 @@ Every tensor of the two named tuples has a leading ``case`` dimension: one row p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +37,11 @@ class Leak(NamedTuple):
     def rows(self, cases: slice | Tensor) -> Leak:
         """The leaks of some cases: views for a slice, copies for a tensor of indices."""
         return Leak(*({name: tensor[cases] for name, tensor in part.items()} for part in self))
+
+    def replaced(self, rows: Mapping[int, Leak]) -> Leak:
+        """A leak that holds what these ``rows``, each of one case, hold, and else what this one does."""
+        parts = ({row: new[i] for row, new in rows.items()} for i in range(len(self)))
+        return Leak(*(_replaced(ours, theirs) for ours, theirs in zip(self, parts, strict=True)))
 
     @property
     def contiguous(self) -> Leak:
@@ -145,6 +150,14 @@ def stack(leaks: Sequence[Leak]) -> Leak:
         return leaks[0]
     parts = zip(*leaks, strict=True)
     return Leak(*({name: torch.cat([part[name] for part in some]) for name in some[0]} for some in parts))
+
+
+def _replaced(tensors: Tensors, rows: Mapping[int, Tensors]) -> Tensors:
+    copies = {name: tensors[name].clone() for part in rows.values() for name in part}
+    for row, part in rows.items():
+        for name, tensor in part.items():
+            copies[name][row] = tensor
+    return tensors | copies
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

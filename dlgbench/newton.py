@@ -18,7 +18,7 @@ LARGEST = 1024
 """Unknowns: the Jacobian is written out, a quarter of a second an iteration on two CPU cores."""
 PRIOR, FALL = 1e-2, 0.25
 """The weight of the unknowns' squares at first, and what is left of it whenever it falls.  Measured on
-trained lenet5, as all here: docs/attacks.md."""
+trained lenet5, as all here: docs/tried.md."""
 HALVINGS, SETTLED = 12, 0.95
 """Of a step that does not lower what is minimised, at most; one that was halved and leaves more than this
 share of it is not worth another."""

@@ -19,7 +19,7 @@ RELU = 200.0
 """The sharpness of `soft_relu`.  Measured on lenet5 and lenet_dlg: 30 blurs the images, 300 is nearly as hard
 to descend as ReLU."""
 POOL = 8.0
-"""The sharpness of `soft_max_pool`.  Measured on resnet18: docs/attacks.md."""
+"""The sharpness of `soft_max_pool`.  Measured on resnet18: docs/tried.md."""
 SHARPNESS = "body.sharpness"
 """The buffer that `adjustable` reads it from instead."""
 TINY = 1e-12

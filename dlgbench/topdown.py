@@ -4,7 +4,7 @@ A block is what lies between two forks: nodes that all of the network passes, an
 What a block takes is sought as that on which it gives what was found above, and on which its weights have
 the gradients that were leaked.  A block is as shallow as a small network, and a closure of it costs its share
 only.  Where batch norm tells how a channel's values are distributed, they are sought so.  What was measured
-is told in docs/attacks.md.
+is told in docs/tried.md.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ FLOORS: Sequence[set[str]] = (
         "window",
         "stochastic",
         "spectrum",
+        "contrast",
         "denoising",
         "leastsquares",
         "shifts",

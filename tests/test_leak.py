@@ -290,6 +290,21 @@ def test_a_row_is_a_leak_without_the_case_dimension() -> None:
             assert all(torch.equal(ours[name], theirs[name][0]) for name in theirs)
 
 
+def test_rows_are_replaced_in_what_they_hold_and_the_leak_stays_as_it_was() -> None:
+    one, other = (leak_of(CASE, dropout_network(True), secret(seed)) for seed in (1, 2))
+    both = Leak(
+        *({name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(one, other, strict=True))
+    )
+    name = next(iter(both.gradients))
+    new = both.replaced({1: Leak({}, {}, {name: torch.zeros_like(other.gradients[name][0])})})
+    assert torch.equal(new.gradients[name][0], one.gradients[name][0])
+    assert not new.gradients[name][1].any()
+    assert torch.equal(both.gradients[name][1], other.gradients[name][0])
+    assert list(new.gradients) == list(both.gradients)
+    rest = [n for n in both.gradients if n != name]
+    assert all(torch.equal(new.gradients[n], both.gradients[n]) for n in rest)
+
+
 # What the attacker cannot reach
 
 

@@ -1,6 +1,6 @@
 """The strongest attack of this package: what can be solved is solved, the rest is matched by frequencies.
 
-What it combines, and what was measured of each part, is told in docs/attacks.md.
+What it combines is told in docs/attacks.md, what was measured of each part in docs/tried.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from dlgbench import topdown
+from dlgbench import contrast, topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.closures import Values
@@ -38,9 +38,7 @@ STAGE_STEPS = 4
 """How many steps each of these takes at most: a fifth of all where these are few."""
 MISFIT = 2.5
 """How strongly to smooth, in deviations of the image, where the relative distance of the gradient, rooted, is
-1, and in proportion where it is less.  Measured on resnet18: docs/attacks.md."""
-CLIPPED = 0.02
-"""The share of pixels that may lie beyond black and white where the contrast is a guess."""
+1, and in proportion where it is less.  Measured on resnet18: docs/tried.md."""
 
 
 @ATTACKS.register(
@@ -290,20 +288,26 @@ class Spectral(LabelsFirst):
     @torch.no_grad()
     def correct(self, leak: Leak) -> None:
         """Make the target of what is sought err as the softened network does on what has been found."""
-        _, *parts = self.target or leak
-        buffers, shared = ({name: tensor.clone() for name, tensor in part.items()} for part in parts)
-        for row in (self.active & self.coarse).nonzero().squeeze(1).tolist():
-            soft, hard = self.answers(leak, row)
-            times = 1 if self.factors is None else self.factors[row]
-            for name, gradient in soft.gradients.items():
-                error = times * (gradient - hard.gradients[name])
-                shared[name][row] = leak.gradients[name][row] + self.correction * error
-            for name, told in soft.buffers.items():
-                buffers[name][row] = leak.buffers[name][row] + self.correction * (told - hard.buffers[name])
-            self.best_objective[row] = torch.inf  # of another target
+        rows = (self.active & self.coarse).nonzero().squeeze(1).tolist()
+        self.target = (self.target or leak).replaced({row: self.erring(leak, row) for row in rows})
+        self.closures[rows] += 1
+        self.best_objective[rows] = torch.inf  # of another target
+        for row in rows:
             self.lbfgs.moved(row)
-            self.closures[row] += 1
-        self.target = Leak(leak.weights, buffers, shared)
+
+    def erring(self, leak: Leak, row: int) -> Leak:
+        """What the client of this ``row`` would have shared, had it erred so."""
+        told, (soft, hard) = leak.row(row), self.answers(leak, row)
+        share = self.correction * (1 if self.factors is None else self.factors[row])
+        buffers = {
+            name: told.buffers[name] + self.correction * (tensor - hard.buffers[name])
+            for name, tensor in soft.buffers.items()
+        }
+        gradients = {
+            name: told.gradients[name] + share * (tensor - hard.gradients[name])
+            for name, tensor in soft.gradients.items()
+        }
+        return Leak({}, buffers, gradients)
 
     def answers(self, leak: Leak, row: int) -> tuple[Leak, Leak]:
         """What clients of the softened and of the true network would tell of what has been found."""
@@ -313,22 +317,14 @@ class Spectral(LabelsFirst):
         return soft, hard
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
-        """Without noise, and where contrast is hidden with a guess: the most that leaves them in range."""
+        """Without noise, and where contrast is hidden with a guess: the most that leaves them in range.
+
+        The gradient is the same for any contrast about the middle, as that is what convolutions pad with.
+        """
         images = self.middle + self.clean(dummies) if self.smoothing else self.pixels(dummies)
         deviations = images - self.middle
-        return self.middle + self.contrast(deviations) * deviations if self.hidden else images
+        return self.middle + contrast.most(deviations, self.middle) * deviations if self.hidden else images
 
     def matched(self, dummies: Tensor) -> Tensor:
         """As it is before noise is taken out."""
         return self.pixels(dummies) if self.smoothing else super().matched(dummies)
-
-    def contrast(self, deviations: Tensor) -> Tensor:
-        """By what to multiply each case's deviations from the middle, ``(case, 1, 1, 1, 1)``.
-
-        The gradient is the same for any factor, as the middle is what convolutions pad with; this is
-        the factor that leaves all but `CLIPPED` of the pixels in [0, 1].
-        """
-        room = torch.where(deviations < 0, self.middle, 1 - self.middle) / deviations.abs()
-        room = torch.where(room > 0, room, torch.inf)  # of what is outside at any factor
-        most = torch.quantile(room.flatten(1), CLIPPED, dim=1).view(-1, 1, 1, 1, 1)
-        return torch.where(most.isfinite(), most, 1)
