@@ -22,7 +22,6 @@ FLOORS: Sequence[set[str]] = (
         "window",
         "stochastic",
         "spectrum",
-        "contrast",
         "denoising",
         "leastsquares",
         "shifts",
@@ -37,7 +36,7 @@ FLOORS: Sequence[set[str]] = (
     {"networks", "softening", "defenses.*"},  # networks are made of what `prepare` gives them
     {"leak", "case", "training", "defenses", "models"},
     {"defenses.lightning"},
-    {"closures", "labels", "masks", "newton", "residual", "inversion"},
+    {"closures", "contrast", "labels", "masks", "newton", "residual", "inversion"},
     {"compiler", "continuation", "chains", "topdown"},
     {"peeling"},
     {"plan", "records", "attacks", "attacks.base"},

@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from dlgbench import contrast, topdown
+from dlgbench import topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.closures import Values
+from dlgbench.contrast import Told, told, widest
 from dlgbench.denoising import denoised
 from dlgbench.inversion import trunk
 from dlgbench.labels import factor
@@ -72,8 +73,8 @@ MISFIT = 2.5
         "resolution=16,batch=1": 7,
     },
     positive=("learning_rate", "history", "iterations", "sharpness"),
-    nonnegative=("smoothing", "correction"),
-    later={"sharpness": 8.0, "smoothing": 0.0, "correction": 0.0},
+    nonnegative=("smoothing", "correction", "contrast"),
+    later={"sharpness": 8.0, "smoothing": 0.0, "correction": 0.0, "contrast": 0.0},
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -87,7 +88,8 @@ class Spectral(LabelsFirst):
     defect correction principle and discretization methods").
     Between stages noise is taken out of what is matched: what patches nearby, which differ by at most about
     ``smoothing`` of the image's deviation, do not have in common; none is if that is 0.
-    Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels.
+    Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels; as
+    it hides it but for its epsilon, it is followed to what the gradient tells of it, ``contrast`` of the way.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Spectral(LabelsFirst):
         sharpness: float = 8.0,
         smoothing: float = 0.0,
         correction: float = 0.0,
+        contrast: float = 0.0,
     ) -> None:
         super().__init__(network, task)
         self.soft = adjustable(network)
@@ -118,7 +121,9 @@ class Spectral(LabelsFirst):
         ]
         """`STAGES` as they are here: small images are sought as a whole, and few networks have maxima.  What
         is solved first is as in the last."""
-        self.smoothing, self.correction = smoothing, correction
+        self.smoothing, self.correction, self.contrast = smoothing, correction, contrast
+        self.variances: Told | None = None
+        """What the gradients tell of the images' contrast."""
         self.target: Leak | None = None
         """What is matched, where that is not the leak itself."""
         self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
@@ -148,6 +153,7 @@ class Spectral(LabelsFirst):
     def look(self, leak: Leak) -> None:
         """Labels, then the masks that tell, then where to start."""
         super().look(leak)
+        self.variances = told(self.network, leak) if self.hidden and self.contrast else None
         for row, labels in enumerate(self.dummy_labels):
             for name, mask in read(self.network, leak.row(row), labels.argmax(1)).items():
                 unknown = torch.full((len(self.dummy_labels), *mask.shape), torch.nan).to(mask)
@@ -317,13 +323,19 @@ class Spectral(LabelsFirst):
         return soft, hard
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
-        """Without noise, and where contrast is hidden with a guess: the most that leaves them in range.
+        """Without noise, and where contrast is hidden with one that is likely.
 
-        The gradient is the same for any contrast about the middle, as that is what convolutions pad with.
+        The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
         """
         images = self.middle + self.clean(dummies) if self.smoothing else self.pixels(dummies)
+        if not self.hidden:
+            return images
         deviations = images - self.middle
-        return self.middle + contrast.most(deviations, self.middle) * deviations if self.hidden else images
+        deviations = widest(deviations, self.middle) * deviations
+        if self.variances is not None:
+            factor = self.variances.factor(self.network.normalise(self.middle + deviations))
+            deviations = factor**self.contrast * deviations
+        return self.middle + deviations
 
     def matched(self, dummies: Tensor) -> Tensor:
         """As it is before noise is taken out."""
