@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from dlgbench.benchmarks.textbook import model
 from torch import Tensor
 
-from dlgbench import trial
+from dlgbench import contrast, trial
 from dlgbench.attacks.spectral import Spectral
 from dlgbench.closures import Values
-from dlgbench.contrast import CLIPPED
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
 from dlgbench.softening import POOL, SHARPNESS
@@ -69,12 +68,35 @@ def test_batch_norm_hides_the_contrast_about_the_mean_alone_and_it_is_guessed() 
     assert error(attack.reconstructed(pale), truth.images) < error(attack.pixels(pale), truth.images) / 10
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_contrast_is_followed_to_what_the_gradient_tells(share: float) -> None:
+    one = case(attack=f"spectral:contrast={share},iterations=1", network="resnet18", resolution=64, steps=1)
+    attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS).images
+    assert isinstance(attack, Spectral)
+    assert (attack.variances is None) == (share == 0)
+    attack.focus(math.inf, 8.0)
+    deviations = truth - attack.middle
+    ours = attack.reconstructed(attack.spectrum.coefficients(0.3 * deviations / CONTRAST)) - attack.middle
+    guess = float(contrast.widest(deviations, attack.middle))
+    assert abs(math.log(guess)) > 0.1
+    torch.testing.assert_close(ours, guess ** (1 - share) * deviations, rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["resnet18:batchnorm=shared", "lenet5"])
+def test_where_contrast_is_not_hidden_it_is_not_read(network: str) -> None:
+    size = 32 if network == "lenet5" else 64
+    one = case(attack="spectral:contrast=1,iterations=1", network=network, resolution=size, steps=1)
+    attack = fitted(one, leaked(one))
+    assert isinstance(attack, Spectral)
+    assert attack.variances is None
+
+
 def test_what_is_returned_fills_the_range() -> None:
     one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
     attack = fitted(one, leaked(one))
     found = attack.result.images
     assert torch.equal(found, attack.reconstructed(attack.best_images))
-    assert float(((found < 0) | (found > 1)).float().mean()) == pytest.approx(CLIPPED, abs=2e-4)
+    assert float(((found < 0) | (found > 1)).float().mean()) == pytest.approx(contrast.CLIPPED, abs=2e-4)
 
 
 def test_a_grey_image_has_no_contrast_to_guess() -> None:
