@@ -333,7 +333,8 @@ class Spectral(LabelsFirst):
         deviations = images - self.middle
         deviations = widest(deviations, self.middle) * deviations
         if self.variances is not None:
-            factor = self.variances.factor(self.network.normalise(self.middle + deviations))
+            shown = (self.middle + deviations).clamp(0, 1)  # beyond are outliers, which would count most
+            factor = self.variances.factor(self.network.normalise(shown))
             deviations = factor**self.contrast * deviations
         return self.middle + deviations
 
