@@ -42,6 +42,20 @@ def widest(deviations: Tensor, middle: Tensor) -> Tensor:
     return torch.where(factor.isfinite(), factor, 1)
 
 
+def likely(images: Tensor, network: Network, variances: Told | None, share: float) -> Tensor:
+    """``images`` at the contrast about ``network.mean`` that fills their range, and ``share`` of the way from
+    there to what ``variances`` tell, if they do.
+
+    They are ``(case, image, channel, height, width)``, meant to lie in [0, 1].
+    """
+    deviations = images - network.mean
+    deviations = widest(deviations, network.mean) * deviations
+    if variances is not None:
+        shown = (network.mean + deviations).clamp(0, 1)  # beyond are outliers, which would count most
+        deviations = variances.factor(network.normalise(shown)) ** share * deviations
+    return network.mean + deviations
+
+
 class Told(NamedTuple):
     """What clients' gradients tell of the variances by which their first batch norm divides.
 
@@ -90,9 +104,8 @@ class Told(NamedTuple):
         is integrated (Jeffreys' prior).
         """
         missed = self.along[case, some] - self.through[case, some] / (variances + self.epsilon)
-        squares = (
-            (missed / self.rounding[case, some]).square().sum(-1).clamp_min(torch.finfo(missed.dtype).tiny)
-        )
+        missed /= self.rounding[case, some]
+        squares = missed.square().sum(-1).clamp_min(torch.finfo(missed.dtype).tiny)
         return torch.where((variances > 0).all(-1), -variances.shape[-1] / 2 * squares.log(), -torch.inf)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dlgbench import trial
 from dlgbench.attacks.spectral import Spectral
-from dlgbench.leak import Leak
+from dlgbench.leak import Leak, stack
 from dlgbench.spectrum import CONTRAST
 from dlgbench.victims import network_of, secret_of
 
@@ -26,9 +26,7 @@ def at_the_truth(network: str = "resnet18", count: int = 1) -> tuple[Spectral, L
     assert isinstance(attack, Spectral)
     attack.configure_optimizers()
     leaks = [leaked(one) for one in cases]
-    leak = Leak(
-        *({n: torch.cat([p[n] for p in parts]) for n in parts[0]} for parts in zip(*leaks, strict=True))
-    )
+    leak = stack(leaks)
     with torch.no_grad():
         for row, one in enumerate(cases):
             secret = secret_of(one, PHOTOS)

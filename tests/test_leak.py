@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dlgbench
 from dlgbench.attacks.base import Attack, Reconstruction, Task
 from dlgbench.case import Case
-from dlgbench.leak import Leak, Secret, Tensors, gradients, squared_distance, squared_norm
+from dlgbench.leak import Leak, Secret, Tensors, gradients, squared_distance, squared_norm, stack
 from dlgbench.networks import Shape, build
 from dlgbench.optim import LBFGS
 from dlgbench.prepare import Network, probe
@@ -292,9 +292,7 @@ def test_a_row_is_a_leak_without_the_case_dimension() -> None:
 
 def test_rows_are_replaced_in_what_they_hold_and_the_leak_stays_as_it_was() -> None:
     one, other = (leak_of(CASE, dropout_network(True), secret(seed)) for seed in (1, 2))
-    both = Leak(
-        *({name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(one, other, strict=True))
-    )
+    both = stack([one, other])
     name = next(iter(both.gradients))
     new = both.replaced({1: Leak({}, {}, {name: torch.zeros_like(other.gradients[name][0])})})
     assert torch.equal(new.gradients[name][0], one.gradients[name][0])

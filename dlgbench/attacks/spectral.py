@@ -16,7 +16,7 @@ from dlgbench import topdown
 from dlgbench.attacks.base import LabelsFirst, Task
 from dlgbench.batchnorm import BatchNorm2d
 from dlgbench.closures import Values
-from dlgbench.contrast import Told, told, widest
+from dlgbench.contrast import Told, likely, told
 from dlgbench.denoising import denoised
 from dlgbench.inversion import trunk
 from dlgbench.labels import factor
@@ -303,17 +303,10 @@ class Spectral(LabelsFirst):
 
     def erring(self, leak: Leak, row: int) -> Leak:
         """What the client of this ``row`` would have shared, had it erred so."""
-        told, (soft, hard) = leak.row(row), self.answers(leak, row)
-        share = self.correction * (1 if self.factors is None else self.factors[row])
-        buffers = {
-            name: told.buffers[name] + self.correction * (tensor - hard.buffers[name])
-            for name, tensor in soft.buffers.items()
-        }
-        gradients = {
-            name: told.gradients[name] + share * (tensor - hard.gradients[name])
-            for name, tensor in soft.gradients.items()
-        }
-        return Leak({}, buffers, gradients)
+        (_, *shared), (_, *soft), (_, *hard) = leak.row(row), *self.answers(leak, row)
+        shares = self.correction, self.correction * (1 if self.factors is None else self.factors[row])
+        parts = zip(shared, soft, hard, shares, strict=True)
+        return Leak({}, *({n: ours[n] + t * (a[n] - b[n]) for n in a} for ours, a, b, t in parts))
 
     def answers(self, leak: Leak, row: int) -> tuple[Leak, Leak]:
         """What clients of the softened and of the true network would tell of what has been found."""
@@ -328,15 +321,7 @@ class Spectral(LabelsFirst):
         The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
         """
         images = self.middle + self.clean(dummies) if self.smoothing else self.pixels(dummies)
-        if not self.hidden:
-            return images
-        deviations = images - self.middle
-        deviations = widest(deviations, self.middle) * deviations
-        if self.variances is not None:
-            shown = (self.middle + deviations).clamp(0, 1)  # beyond are outliers, which would count most
-            factor = self.variances.factor(self.network.normalise(shown))
-            deviations = factor**self.contrast * deviations
-        return self.middle + deviations
+        return likely(images, self.network, self.variances, self.contrast) if self.hidden else images
 
     def matched(self, dummies: Tensor) -> Tensor:
         """As it is before noise is taken out."""
