@@ -15,8 +15,7 @@ PROTOCOL = 3
 """Part of every case's identity: raise it when the same case would give other numbers.
 
 Where these are the cases of one attack only, raise the ``revision`` that it is registered with: a number,
-or a table from ``FIELD=VALUE`` or ``FIELD!=VALUE``, several with commas, to number with a ``default``: the
-first that holds.
+or a table from ``FIELD=VALUE``, several with commas, to number with a ``default``: the first that holds.
 """
 
 DType = Literal["float32", "float64"]
@@ -105,12 +104,8 @@ class Case:
         return found
 
     def _holds(self, where: str) -> bool:
-        return all(self._is(*part.partition("=")) for part in where.split(","))
-
-    def _is(self, path: str, equals: str, value: str) -> bool:
-        """Whether ``path=value``, or ``path!=value`` of a field that there is."""
-        found = self.get(path.removesuffix("!")) if equals else None
-        return found is not None and (str(found) == value) != path.endswith("!")
+        pairs = [part.partition("=") for part in where.split(",")]
+        return all(equals and str(self.get(path)) == value for path, equals, value in pairs)
 
     def identity(self) -> dict[str, Any]:
         """`plain` without what cases once lacked, where it has the value that was meant then."""

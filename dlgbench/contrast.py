@@ -42,11 +42,12 @@ def widest(deviations: Tensor, middle: Tensor) -> Tensor:
     return torch.where(factor.isfinite(), factor, 1)
 
 
-def likely(images: Tensor, network: Network, variances: Told | None, share: float) -> Tensor:
+def likely(images: Tensor, network: Network, variances: Told | None, share: Tensor) -> Tensor:
     """``images`` at the contrast about ``network.mean`` that fills their range, and ``share`` of the way from
     there to what ``variances`` tell, if they do.
 
-    They are ``(case, image, channel, height, width)``, meant to lie in [0, 1].
+    They are ``(case, image, channel, height, width)``, meant to lie in [0, 1]; the share is in [0, 1], one a
+    case, ``(case, 1, 1, 1, 1)``.
     """
     deviations = images - network.mean
     deviations = widest(deviations, network.mean) * deviations

@@ -84,9 +84,8 @@ class Registry:
     def register(self, name: str, **facts: Any) -> Callable[[Factory], Factory]:
         """Decorate a factory; ``facts`` must be literals, since they are read from the source.
 
-        The fact ``positive`` names the options that must be greater than 0, ``nonnegative`` those that must
-        not be less, ``later`` those that an entry once lacked, with what it then did: these are no part of a
-        case's identity.
+        The fact ``positive`` names the options that must be greater than 0, ``later`` those that an entry
+        once lacked, with what it then did: these are no part of a case's identity.
         """
 
         def remember(factory: Factory) -> Factory:
@@ -135,9 +134,6 @@ class Registry:
         for key in entry.facts.get("positive", ()):
             if not 0 < float(dict(values)[key]) < math.inf:
                 raise UsageError(f"{self.kind} {name!r}: expected {key} > 0, got {dict(values)[key]}")
-        for key in entry.facts.get("nonnegative", ()):
-            if float(dict(values)[key]) < 0:
-                raise UsageError(f"{self.kind} {name!r}: expected {key} >= 0, got {dict(values)[key]}")
         return Spec(name, tuple(values))
 
     def brief(self, spec: Spec) -> str:

@@ -123,7 +123,7 @@ def test_the_objective_is_zero_but_for_its_priors_at_the_truth(attack: str) -> N
 def test_contrast_that_statistics_tell_is_not_guessed() -> None:
     attack, _ = attack_and_leak(replace(CASE, attack=ATTACKS.spec("spectral")))
     dummies = attack.dummy_images.detach()
-    assert torch.equal(attack.reconstructed(dummies), attack.pixels(dummies))
+    assert torch.equal(attack.matched(dummies), attack.pixels(dummies))
 
 
 def test_the_loop_is_adam_with_noise_within_the_box() -> None:

@@ -157,10 +157,6 @@ def test_what_must_be_positive_is_an_option(kind: str, name: str) -> None:
         for value in (0, -1):
             with pytest.raises(UsageError, match=f"{key} > 0, got {value}"):
                 KINDS[kind].complete(name, {key: value})
-    for key in entry.facts.get("nonnegative", ()):
-        assert KINDS[kind].complete(name, {key: 0}).get(key) == 0
-        with pytest.raises(UsageError, match=f"{key} >= 0, got -1"):
-            KINDS[kind].complete(name, {key: -1})
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
@@ -198,13 +194,13 @@ def test_toys_are_read_from_source(toys: Registry) -> None:
 # Specs
 
 
-def value_of(option: Option, alone: bool, positive: bool, bounded: bool) -> st.SearchStrategy[Value]:
+def value_of(option: Option, alone: bool, positive: bool) -> st.SearchStrategy[Value]:
     if option.choices:
         return st.sampled_from(option.choices)
     if option.kind is str:  # among others a comma separates options, and blanks around a value are dropped
         return st.text() if alone else st.text().filter(lambda text: "," not in text and text == text.strip())
     if option.kind is float:
-        least = 0 if positive or bounded else None
+        least = 0 if positive else None
         return st.floats(least, allow_nan=False, allow_infinity=False, exclude_min=positive)
     return st.integers(1 if positive else None) if option.kind is int else st.booleans()
 
@@ -212,7 +208,7 @@ def value_of(option: Option, alone: bool, positive: bool, bounded: bool) -> st.S
 def some_options(entry: Entry) -> st.SearchStrategy[dict[str, Value]]:
     alone = len(entry.options) == 1
     values = {
-        name: value_of(option, alone, *(name in entry.facts.get(f, ()) for f in ("positive", "nonnegative")))
+        name: value_of(option, alone, name in entry.facts.get("positive", ()))
         for name, option in entry.options.items()
     }
     required = {name: values.pop(name) for name, option in entry.options.items() if option.default is None}

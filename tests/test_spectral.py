@@ -68,34 +68,36 @@ def test_batch_norm_hides_the_contrast_about_the_mean_alone_and_it_is_guessed() 
     assert error(attack.reconstructed(pale), truth.images) < error(attack.pixels(pale), truth.images) / 10
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_contrast_is_followed_to_what_the_gradient_tells(share: float) -> None:
-    one = case(attack=f"spectral:contrast={share},iterations=1", network="resnet18", resolution=64, steps=1)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_the_contrast_is_followed_to_what_the_gradient_tells_of_what_was_not_solved(coarse: bool) -> None:
+    one = case(attack="spectral:iterations=1", network="resnet18", resolution=64, steps=1)
     attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS).images
     assert isinstance(attack, Spectral)
-    assert (attack.variances is None) == (share == 0)
     attack.focus(math.inf, 8.0)
+    attack.coarse[:] = coarse
     deviations = truth - attack.middle
-    ours = attack.reconstructed(attack.spectrum.coefficients(0.3 * deviations / CONTRAST)) - attack.middle
+    ours = attack.matched(attack.spectrum.coefficients(0.3 * deviations / CONTRAST)) - attack.middle
     guess = float(contrast.widest(deviations, attack.middle))
     assert abs(math.log(guess)) > 0.1
-    torch.testing.assert_close(ours, guess ** (1 - share) * deviations, rtol=0.02, atol=1e-6)
+    torch.testing.assert_close(ours, deviations if coarse else guess * deviations, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("network", ["resnet18:batchnorm=shared", "lenet5"])
 def test_where_contrast_is_not_hidden_it_is_not_read(network: str) -> None:
     size = 32 if network == "lenet5" else 64
-    one = case(attack="spectral:contrast=1,iterations=1", network=network, resolution=size, steps=1)
+    one = case(attack="spectral:iterations=1", network=network, resolution=size, steps=1)
     attack = fitted(one, leaked(one))
     assert isinstance(attack, Spectral)
     assert attack.variances is None
 
 
-def test_what_is_returned_fills_the_range() -> None:
+def test_what_is_returned_fills_the_range_if_the_gradient_does_not_tell() -> None:
     one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
     attack = fitted(one, leaked(one))
-    found = attack.result.images
-    assert torch.equal(found, attack.reconstructed(attack.best_images))
+    assert isinstance(attack, Spectral)
+    assert torch.equal(attack.result.images, attack.reconstructed(attack.best_images))
+    attack.variances = None
+    found = attack.reconstructed(attack.best_images)
     assert float(((found < 0) | (found > 1)).float().mean()) == pytest.approx(contrast.CLIPPED, abs=2e-4)
 
 
@@ -111,7 +113,7 @@ def test_only_batch_norm_on_batch_statistics_hides_it() -> None:
         one = case(attack="spectral", network=network, resolution=32 if network == "lenet5" else 64)
         attack = trial.attack_on([one], network_of(one))
         dummies = attack.dummy_images.detach()
-        assert torch.equal(attack.reconstructed(dummies), attack.pixels(dummies)) is not hidden
+        assert torch.equal(attack.matched(dummies), attack.pixels(dummies)) is not hidden
 
 
 def test_spectral_goes_on_where_the_objective_is_small() -> None:
@@ -182,8 +184,7 @@ def test_what_is_fine_already_keeps_its_frequencies_and_its_best() -> None:
 
 
 def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = "spectral:iterations=1,sharpness=1"
-    one = case(attack=attack, network="resnet18", resolution=112, steps=6, dtype="float32")
+    one = case(attack="spectral:iterations=1", network="resnet18", resolution=112, steps=6, dtype="float32")
     seen, begin = list[tuple[float, float]](), Spectral.on_train_batch_start
 
     def watched(attack: Spectral, batch: Leak, step: int) -> None:
@@ -196,31 +197,9 @@ def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPa
     assert seen == [(14, 1.0), (28, 1.0), (78, 1.0), (78, 2.0), (78, 4.0), (78, 4.0)]  # 55.5 of both axes
 
 
-@pytest.mark.parametrize(
-    ("sharpness", "expected"),
-    [(0.5, [0.5, 0.5, 0.5, 1, 2]), (4.0, [4, 4, 4, POOL, POOL]), (POOL, [POOL] * 5), (24.0, [24.0] * 5)],
-)
-def test_maxima_are_no_sharper_than_usual_if_they_do_not_begin_sharper(
-    sharpness: float, expected: list[float]
-) -> None:
-    one = case(attack=f"spectral:sharpness={sharpness}", network="resnet18", resolution=64)
-    attack = trial.attack_on([one, one], network_of(one))
-    assert isinstance(attack, Spectral)
-    assert [soft for _, soft in attack.stages] == expected
-    assert attack.sharpness.tolist() == [expected[-1]] * 2  # as what is solved first is judged
-    attack.coarse[0] = False
-    attack.focus(*attack.stages[0])
-    assert attack.sharpness.tolist() == [expected[-1], expected[0]]
-
-
-def test_without_the_option_maxima_are_as_they_were() -> None:
-    assert dict(case(attack="spectral").attack.options)["sharpness"] == POOL
-
-
 def noisy(count: int) -> Spectral:
     """Cases of 128 px in the middle of their descent, at a photo with noise."""
     attack = several(count)
-    attack.smoothing = 0.2
     attack.configure_optimizers()
     images = secret_of(case(network="resnet18", resolution=128), PHOTOS).images
     noise = 0.04 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -249,11 +228,11 @@ def test_smoothing_does_not_ask_how_strong_the_contrast_is() -> None:
 
 def test_the_nearer_the_gradient_the_less_is_smoothed() -> None:
     attack = noisy(3)
-    attack.best_objective = torch.tensor([1.0, 0.01, 1e-6])
+    attack.best_objective = torch.tensor([1.0, 0.04, 1e-6])
     before = attack.dummy_images.detach().clone()
     attack.smooth()
     moved = (attack.dummy_images - before).flatten(1).norm(dim=1).tolist()
-    assert moved[0] == pytest.approx(moved[1], rel=1e-12)  # as much as the option allows
+    assert moved[0] == pytest.approx(moved[1], rel=1e-12)  # as much as there ever is
     assert moved[2] < moved[1] / 10
 
 
@@ -275,19 +254,20 @@ def test_what_is_returned_is_without_noise_unless_it_was_solved() -> None:
     attack.coarse[1], attack.hidden = False, False  # what contrast is guessed is another question
     found = attack.dummy_images.detach()
     clean = attack.reconstructed(found)
-    attack.smoothing = 0.0
-    as_it_is = attack.reconstructed(found)
+    as_it_is = attack.matched(found)
     truth = secret_of(case(network="resnet18", resolution=128), PHOTOS).images[0]
     assert error(clean[0], truth) < 0.8 * error(as_it_is[0], truth)
     torch.testing.assert_close(clean[1], as_it_is[1])
 
 
-@pytest.mark.parametrize("options", ["", ",smoothing=0.4", ",correction=1,sharpness=1"])
-def test_distances_are_of_what_was_matched_to_the_client_s_own_gradient(options: str) -> None:
-    one = case(attack=f"spectral:iterations=2{options}", network="resnet18", resolution=64, steps=6)
+@pytest.mark.parametrize("resolution", [48, 64])
+def test_distances_are_of_what_was_matched_to_the_client_s_own_gradient(resolution: int) -> None:
+    one = case(attack="spectral:iterations=2", network="resnet18", resolution=resolution, steps=6)
     leak = leaked(one)
     found = fitted(one, leak)
-    matched = found.pixels(found.best_images) if "smoothing" in options else found.result.images
+    assert isinstance(found, Spectral)
+    matched = found.shown(found.pixels(found.best_images))
+    assert torch.equal(matched, found.result.images) is (resolution == 48)  # where no noise is taken out
     ours = found.gradients(matched[0], found.result.labels[0], leak.row(0))
     theirs = {name: gradient[0] for name, gradient in leak.gradients.items()}
     squares = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
@@ -304,8 +284,8 @@ def test_smoothing_begins_every_stage_and_goes_on_after_the_last(monkeypatch: py
         smooth(attack)
 
     monkeypatch.setattr(Spectral, "smooth", watched)
-    for options in ("", ",smoothing=0.2"):
-        one = case(attack=f"spectral:iterations=1{options}", network="resnet18", resolution=64, steps=12)
+    for resolution in (48, 64):
+        one = case(attack="spectral:iterations=1", network="resnet18", resolution=resolution, steps=12)
         fitted(one, leaked(one))
     assert steps == [2, 4, 6, 8, 10]
 
@@ -340,11 +320,11 @@ def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_small_image_is_sought_as_a_whole() -> None:
-    one = case(attack="spectral", network="lenet5", steps=1)
+    one = case(attack="spectral:iterations=1", network="resnet18", resolution=55, steps=1)
     attack = fitted(one, leaked(one))
     assert isinstance(attack, Spectral)
-    assert set(attack.stages) == {(math.inf, POOL)}  # nor has it any maxima
     assert bool(attack.passband.all())
+    assert attack.sharpness.tolist() == [POOL]
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")

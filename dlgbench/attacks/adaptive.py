@@ -22,7 +22,7 @@ ROUNDING = 1e-7
     labels="recovered first, by counts",
     priors="photos' spectrum, range of pixels, the defence and its parameters",
     adaptive=True,
-    revision={"default": 1, "network.batchnorm=train": 2},
+    revision={"default": 1, "network.batchnorm=train": 3},
     positive=("learning_rate", "history", "iterations"),
 )
 class Adaptive(Spectral):
@@ -50,6 +50,15 @@ class Adaptive(Spectral):
 
     def solve(self, leak: Leak) -> None:
         """Nothing: it would amplify noise and rounding from layer to layer."""
+
+    def begin(self, stage: int, leak: Leak) -> None:
+        """Frequencies and sharpness only: the prior tells noise, and what was shared errs anyway."""
+        if stage < len(self.stages):
+            self.focus(*self.stages[stage])
+
+    def clean(self, dummies: Tensor) -> Tensor:
+        """`pixels`: as is most probable."""
+        return self.pixels(dummies)
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """``(sum |expected(g) - shared|^2 / doubt^2 + |coefficients|^2) / pixels``, over the weights."""

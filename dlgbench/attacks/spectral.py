@@ -33,19 +33,18 @@ from dlgbench.spectrum import CONTRAST, Spectrum
 NOISE = 0.2
 """The start's, in units of that contrast's coefficients."""
 STAGES = (14, 1.0), (28, 1.0), (56, 1.0), (math.inf, 2.0), (math.inf, 4.0)
-"""Frequencies, in periods a side, up to which an image is sought, and by how much maxima are sharper then
-than in the beginning; they are no sharper than `POOL`, if they do not begin sharper."""
+"""Frequencies, in periods a side, up to which an image is sought, and how sharp maxima are then."""
 STAGE_STEPS = 4
 """How many steps each of these takes at most: a fifth of all where these are few."""
-MISFIT = 2.5
+MISFIT, SMOOTHING = 2.5, 0.4
 """How strongly to smooth, in deviations of the image, where the relative distance of the gradient, rooted, is
-1, and in proportion where it is less.  Measured on resnet18: docs/tried.md."""
+1, in proportion where it is less, and at most.  Measured on resnet18: docs/tried.md."""
 
 
 @ATTACKS.register(
     "spectral",
     labels="recovered first, by counts",
-    priors="smooth and pale where the gradient leaves it open, range of pixels, patches alike where smoothed",
+    priors="smooth and pale where the gradient leaves it open, range of pixels, patches alike from 56 px on",
     ahead={
         "default": 500,
         "network=inception_v3": 1000,
@@ -56,14 +55,13 @@ MISFIT = 2.5
         "network=lenet5": 2000,
     },
     revision={
-        "attack.sharpness!=8.0": 6,
-        "attack.smoothing!=0.0": 6,
         "defense=clip,batch=1": 11,
         "defense=local,batch=1": 11,
         "default": 4,
         "network=inception_v3": 8,
         "network.batchnorm=train,channels=1,batch=1": 7,
-        "network.batchnorm=train": 5,
+        "network.batchnorm=train": 8,
+        "network.batchnorm=shared": 8,
         "network.batchnorm=eval,channels=1,batch=1": 12,
         "network.batchnorm=eval": 12,
         "network=lenet_dlg,network.activation=relu": 6,
@@ -72,9 +70,7 @@ MISFIT = 2.5
         "channels=1,batch=1": 7,
         "resolution=16,batch=1": 7,
     },
-    positive=("learning_rate", "history", "iterations", "sharpness"),
-    nonnegative=("smoothing", "correction", "contrast"),
-    later={"sharpness": 8.0, "smoothing": 0.0, "correction": 0.0, "contrast": 0.0},
+    positive=("learning_rate", "history", "iterations"),
 )
 class Spectral(LabelsFirst):
     """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
@@ -82,14 +78,14 @@ class Spectral(LabelsFirst):
     What cannot be is sought block after block, where it is known how the blocks' inputs are distributed.
     A gradient of one image that was multiplied, as by clipping, is divided by what its head tells first.
     The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
-    derivative to follow, are matched through a softened copy of the network, whose maxima begin with this
-    ``sharpness`` and become sharper, but not beyond `POOL`.  By what the copy errs on what has been found,
-    times ``correction``, the target errs too, anew at every stage (defect correction: Stetter 1978, "The
-    defect correction principle and discretization methods").
-    Between stages noise is taken out of what is matched: what patches nearby, which differ by at most about
-    ``smoothing`` of the image's deviation, do not have in common; none is if that is 0.
+    derivative to follow, are matched through a softened copy of the network.
+
+    An image of 56 px or more that was not found so is sought from coarse to fine.  Its maxima begin softer.
+    By what the copy errs on what has been found, the target errs too, anew at every stage (defect correction:
+    Stetter 1978, "The defect correction principle and discretization methods").  Between stages noise is
+    taken out of what is matched: what patches nearby, which are nearly alike, do not have in common.
     Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels; as
-    it hides it but for its epsilon, it is followed to what the gradient tells of it, ``contrast`` of the way.
+    it hides it but for its epsilon, it is followed to what the gradient tells of it.
     """
 
     def __init__(
@@ -100,10 +96,6 @@ class Spectral(LabelsFirst):
         learning_rate: float = 1.0,
         history: int = 100,
         iterations: int = 20,
-        sharpness: float = 8.0,
-        smoothing: float = 0.0,
-        correction: float = 0.0,
-        contrast: float = 0.0,
     ) -> None:
         super().__init__(network, task)
         self.soft = adjustable(network)
@@ -114,23 +106,18 @@ class Spectral(LabelsFirst):
         self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
         self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
         self.maxima = SHARPNESS in dict(self.soft.named_buffers())
-        size, first = min(task.height, task.width), sharpness if self.maxima else POOL
-        self.stages = [
-            (most if 4 * most <= size else math.inf, min(times * first, max(first, POOL)))
-            for most, times in STAGES
-        ]
-        """`STAGES` as they are here: small images are sought as a whole, and few networks have maxima.  What
-        is solved first is as in the last."""
-        self.smoothing, self.correction, self.contrast = smoothing, correction, contrast
+        size = min(task.height, task.width)
+        self.stages = [(most if 4 * most <= size else math.inf, sharpness) for most, sharpness in STAGES]
+        """`STAGES` as they are here: an image's highest frequencies are not sought apart from the next."""
         self.variances: Told | None = None
         """What the gradients tell of the images' contrast."""
         self.target: Leak | None = None
         """What is matched, where that is not the leak itself."""
-        self.coarse = torch.ones(len(task.generators), dtype=torch.bool)
+        self.coarse = torch.full((len(task.generators),), self.stages[0][0] < math.inf)
         """Which cases are sought from coarse to fine."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
         """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
-        self.sharpness = torch.full((len(task.generators),), self.stages[-1][1]).to(network.mean)
+        self.sharpness = torch.full((len(task.generators),), POOL).to(network.mean)
         """How sharp a case's maxima are, ``(case,)``."""
         self.factors: Tensor | None = None
         """By what every case's gradients have been multiplied, ``(case,)``; None where none were."""
@@ -153,7 +140,7 @@ class Spectral(LabelsFirst):
     def look(self, leak: Leak) -> None:
         """Labels, then the masks that tell, then where to start."""
         super().look(leak)
-        self.variances = told(self.network, leak) if self.hidden and self.contrast else None
+        self.variances = told(self.network, leak) if self.hidden else None
         for row, labels in enumerate(self.dummy_labels):
             for name, mask in read(self.network, leak.row(row), labels.argmax(1)).items():
                 unknown = torch.full((len(self.dummy_labels), *mask.shape), torch.nan).to(mask)
@@ -252,19 +239,22 @@ class Spectral(LabelsFirst):
         super().on_train_batch_start(batch, batch_idx)
         steps = min(STAGE_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // len(self.stages)))
         stage, later = divmod(batch_idx, steps)
-        if later:
-            return
-        if stage and self.smoothing:
+        if not later and (self.active & self.coarse).any():
+            self.begin(stage, batch)
+
+    def begin(self, stage: int, leak: Leak) -> None:
+        """Seek, of what is sought from coarse to fine, what the ``stage`` adds; none does after the last."""
+        if stage:
             self.smooth()
-        if stage < len(self.stages) and self.stages[stage] != self.stages[stage - 1]:
+        if stage < len(self.stages):
             self.focus(*self.stages[stage])
-        if stage and self.correction:
-            self.correct(batch)
+        if stage:
+            self.correct(leak)
 
     @torch.no_grad()
     def smooth(self) -> None:
         """Go on without the noise in what is sought from coarse to fine."""
-        found = self.spectrum.coefficients(self.clean(self.dummy_images) / CONTRAST)
+        found = self.spectrum.coefficients((self.clean(self.dummy_images) - self.middle) / CONTRAST)
         sought = self.active & self.coarse
         moved = (self.passband > 0) & sought.to(self.passband.device).view(-1, 1, 1, 1, 1)
         self.dummy_images.copy_(torch.where(moved, found, self.dummy_images))
@@ -272,22 +262,25 @@ class Spectral(LabelsFirst):
             self.lbfgs.moved(row)
 
     def clean(self, dummies: Tensor) -> Tensor:
-        """Deviations from the middle without noise: the less is taken out, the closer the gradient is.
+        """`pixels` without noise: the less is taken out, the closer the gradient is.
 
         What a gradient tells badly a descent leaves at random, and of that it rarely finds its way back.
         """
-        deviations = self.pixels(dummies) - self.middle
-        strength = (MISFIT * self.best_objective.sqrt()).clamp(max=self.smoothing)
+        images = self.pixels(dummies)
+        if not self.coarse.any():
+            return images
+        deviations = images - self.middle
+        strength = (MISFIT * self.best_objective.sqrt()).clamp(max=SMOOTHING)
         strength = torch.where(self.coarse.to(strength.device), strength, 0)
         strengths = strength[:, None] * deviations.flatten(2).std(2)
-        return denoised(deviations.flatten(0, 1), strengths.flatten()).view_as(deviations)
+        return self.middle + denoised(deviations.flatten(0, 1), strengths.flatten()).view_as(images)
 
     def focus(self, most: float, sharpness: float) -> None:
         """Seek frequencies up to ``most`` periods a side of what is not fine yet, with maxima so sharp."""
         coarse = self.coarse.to(self.passband.device)
         shown = (self.spectrum.frequency <= most) | ~coarse.view(-1, 1, 1, 1, 1)
         self.passband = shown.to(self.passband)
-        self.sharpness = torch.where(coarse, sharpness, self.stages[-1][1]).to(self.sharpness)
+        self.sharpness = torch.where(coarse, sharpness, POOL).to(self.sharpness)
         sought = (self.active & self.coarse).to(self.best_objective.device)
         self.best_objective[sought] = torch.inf  # of other images
 
@@ -304,8 +297,8 @@ class Spectral(LabelsFirst):
     def erring(self, leak: Leak, row: int) -> Leak:
         """What the client of this ``row`` would have shared, had it erred so."""
         (_, *shared), (_, *soft), (_, *hard) = leak.row(row), *self.answers(leak, row)
-        shares = self.correction, self.correction * (1 if self.factors is None else self.factors[row])
-        parts = zip(shared, soft, hard, shares, strict=True)
+        factors = 1, 1 if self.factors is None else self.factors[row]
+        parts = zip(shared, soft, hard, factors, strict=True)
         return Leak({}, *({n: ours[n] + t * (a[n] - b[n]) for n in a} for ours, a, b, t in parts))
 
     def answers(self, leak: Leak, row: int) -> tuple[Leak, Leak]:
@@ -316,13 +309,17 @@ class Spectral(LabelsFirst):
         return soft, hard
 
     def reconstructed(self, dummies: Tensor) -> Tensor:
-        """Without noise, and where contrast is hidden with one that is likely.
-
-        The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
-        """
-        images = self.middle + self.clean(dummies) if self.smoothing else self.pixels(dummies)
-        return likely(images, self.network, self.variances, self.contrast) if self.hidden else images
+        """Without noise, and where contrast is hidden with one that is likely."""
+        return self.shown(self.clean(dummies))
 
     def matched(self, dummies: Tensor) -> Tensor:
         """As it is before noise is taken out."""
-        return self.pixels(dummies) if self.smoothing else super().matched(dummies)
+        return self.shown(self.pixels(dummies))
+
+    def shown(self, images: Tensor) -> Tensor:
+        """``images`` at a contrast that is likely, where it is hidden.
+
+        The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
+        """
+        followed = self.coarse.to(images).view(-1, 1, 1, 1, 1)
+        return likely(images, self.network, self.variances, followed) if self.hidden else images
