@@ -40,7 +40,7 @@ FLOORS: Sequence[set[str]] = (
     {"compiler", "continuation", "chains", "topdown"},
     {"peeling"},
     {"plan", "records", "attacks", "attacks.base"},
-    {"attacks.spectral"},  # what adapts to defences builds upon it
+    {"attacks.frequencies"},  # others build upon it
     {"attacks.*", "victims", "leaderboard", "listing"},
     {"callbacks", "plots", "tradeoff", "utility", "lineup"},
     {"columns", "pareto", "scoring"},

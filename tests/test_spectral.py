@@ -12,6 +12,8 @@ from dlgbench.benchmarks.textbook import model
 from torch import Tensor
 
 from dlgbench import contrast, trial
+from dlgbench.attacks.adaptive import Adaptive
+from dlgbench.attacks.frequencies import Frequencies
 from dlgbench.attacks.spectral import Spectral
 from dlgbench.closures import Values
 from dlgbench.leak import Leak
@@ -134,17 +136,20 @@ def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
     assert not torch.equal(attack.dummy_images, grey.dummy_images)
 
 
-def test_a_large_image_is_sought_from_coarse_to_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("spectral", Spectral), ("adaptive", Adaptive)])
+def test_a_large_image_is_sought_from_coarse_to_fine(
+    name: str, kind: type[Frequencies], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[float] = []
-    one = case(attack="spectral:iterations=1", network="resnet18", resolution=128, steps=10, dtype="float32")
+    one = case(attack=f"{name}:iterations=1", network="resnet18", resolution=128, steps=10, dtype="float32")
 
-    def note(attack: Spectral, images: torch.Tensor, labels: torch.Tensor, leak: Leak) -> torch.Tensor:
+    def note(attack: Frequencies, images: torch.Tensor, labels: torch.Tensor, leak: Leak) -> torch.Tensor:
         with torch.no_grad():
             there = attack.spectrum.coefficients(images.detach() - 0.5).abs().amax((0, 1)) > 1e-3
             seen.append(float(attack.spectrum.frequency[there].max()))
         return images.square().mean() + 0 * labels.sum()
 
-    monkeypatch.setattr(Spectral, "distance", note)
+    monkeypatch.setattr(kind, "distance", note)
     fitted(one, leaked(one))
     levels = list(dict.fromkeys(round(most) for most in seen))
     assert levels == [14, 28, 90]  # 56 is above a quarter of 128; the highest is 64 times root 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlgbench.attacks.base import Task
-from dlgbench.attacks.spectral import Spectral
+from dlgbench.attacks.frequencies import Frequencies
 from dlgbench.defenses.base import norm
 from dlgbench.leak import Client, Leak
 from dlgbench.prepare import Network
@@ -22,11 +22,16 @@ ROUNDING = 1e-7
     labels="recovered first, by counts",
     priors="photos' spectrum, range of pixels, the defence and its parameters",
     adaptive=True,
-    revision={"default": 1, "network.batchnorm=train": 3},
+    revision={
+        "default": 1,
+        "network.batchnorm=train": 3,
+        "network.batchnorm=shared": 2,
+        "network.batchnorm=eval": 2,
+    },
     positive=("learning_rate", "history", "iterations"),
 )
-class Adaptive(Spectral):
-    """As `Spectral`, but the most probable image given what the defence shares.
+class Adaptive(Frequencies):
+    """The most probable image given what the defence shares.
 
     What a client with the dummies' gradient would share is compared with what was shared: where the
     defence leaves something to chance, in units of its standard deviation; a natural image's
@@ -47,18 +52,6 @@ class Adaptive(Spectral):
         super().__init__(network, task, learning_rate=learning_rate, history=history, iterations=iterations)
         assert task.defense is not None
         self.defense = task.defense
-
-    def solve(self, leak: Leak) -> None:
-        """Nothing: it would amplify noise and rounding from layer to layer."""
-
-    def begin(self, stage: int, leak: Leak) -> None:
-        """Frequencies and sharpness only: the prior tells noise, and what was shared errs anyway."""
-        if stage < len(self.stages):
-            self.focus(*self.stages[stage])
-
-    def clean(self, dummies: Tensor) -> Tensor:
-        """`pixels`: as is most probable."""
-        return self.pixels(dummies)
 
     def distance(self, images: Tensor, labels: Tensor, leak: Leak) -> Tensor:
         """``(sum |expected(g) - shared|^2 / doubt^2 + |coefficients|^2) / pixels``, over the weights."""

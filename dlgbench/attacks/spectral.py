@@ -5,37 +5,25 @@ What it combines is told in docs/attacks.md, what was measured of each part in d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from dlgbench import topdown
-from dlgbench.attacks.base import LabelsFirst, Task
-from dlgbench.batchnorm import BatchNorm2d
+from dlgbench.attacks.base import Task
+from dlgbench.attacks.frequencies import Frequencies
 from dlgbench.closures import Values
-from dlgbench.contrast import Told, likely, told
 from dlgbench.denoising import denoised
 from dlgbench.inversion import trunk
 from dlgbench.labels import factor
 from dlgbench.leak import Leak, gradients, relative_square, statistics
-from dlgbench.linesearch import backtracking
-from dlgbench.masks import read
-from dlgbench.optim import LBFGS
 from dlgbench.peeling import peel
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
-from dlgbench.softening import POOL, SHARPNESS, adjustable, softened
-from dlgbench.spectrum import CONTRAST, Spectrum
+from dlgbench.softening import softened
+from dlgbench.spectrum import CONTRAST
 
-NOISE = 0.2
-"""The start's, in units of that contrast's coefficients."""
-STAGES = (14, 1.0), (28, 1.0), (56, 1.0), (math.inf, 2.0), (math.inf, 4.0)
-"""Frequencies, in periods a side, up to which an image is sought, and how sharp maxima are then."""
-STAGE_STEPS = 4
-"""How many steps each of these takes at most: a fifth of all where these are few."""
 MISFIT, SMOOTHING = 2.5, 0.4
 """How strongly to smooth, in deviations of the image, where the relative distance of the gradient, rooted, is
 1, in proportion where it is less, and at most.  Measured on resnet18: docs/tried.md."""
@@ -59,11 +47,10 @@ MISFIT, SMOOTHING = 2.5, 0.4
         "defense=local,batch=1": 11,
         "default": 4,
         "network=inception_v3": 8,
-        "network.batchnorm=train,channels=1,batch=1": 7,
         "network.batchnorm=train": 8,
         "network.batchnorm=shared": 8,
-        "network.batchnorm=eval,channels=1,batch=1": 12,
-        "network.batchnorm=eval": 12,
+        "network.batchnorm=eval,network.activation=relu,defense=none": 12,
+        "network.batchnorm=eval": 13,
         "network=lenet_dlg,network.activation=relu": 6,
         "network.activation=relu": 5,
         "network=lenet_dlg,network.activation=sigmoid": 4,
@@ -72,20 +59,16 @@ MISFIT, SMOOTHING = 2.5, 0.4
     },
     positive=("learning_rate", "history", "iterations"),
 )
-class Spectral(LabelsFirst):
-    """First what can be solved for; then L-BFGS on every layer's relative distance, from coarse to fine.
+class Spectral(Frequencies):
+    """First what can be solved for; then every layer's relative distance, from coarse to fine.
 
     What cannot be is sought block after block, where it is known how the blocks' inputs are distributed.
     A gradient of one image that was multiplied, as by clipping, is divided by what its head tells first.
-    The objective never climbs: a step that would is shortened.  ReLU and maxima, whose kinks have no second
-    derivative to follow, are matched through a softened copy of the network.
 
-    An image of 56 px or more that was not found so is sought from coarse to fine.  Its maxima begin softer.
-    By what the copy errs on what has been found, the target errs too, anew at every stage (defect correction:
-    Stetter 1978, "The defect correction principle and discretization methods").  Between stages noise is
-    taken out of what is matched: what patches nearby, which are nearly alike, do not have in common.
-    Where batch norm hides the images' contrast, it is the most that leaves them in the range of pixels; as
-    it hides it but for its epsilon, it is followed to what the gradient tells of it.
+    Of what goes from coarse to fine, by what the softened network errs on what has been found, the target
+    errs too, anew at every stage (defect correction: Stetter 1978, "The defect correction principle and
+    discretization methods").  Between stages noise is taken out of what is matched: what patches nearby,
+    which are nearly alike, do not have in common.
     """
 
     def __init__(
@@ -97,55 +80,15 @@ class Spectral(LabelsFirst):
         history: int = 100,
         iterations: int = 20,
     ) -> None:
-        super().__init__(network, task)
-        self.soft = adjustable(network)
+        super().__init__(network, task, learning_rate=learning_rate, history=history, iterations=iterations)
         assert isinstance(network.body, fx.GraphModule)
         main = trunk(network.body, network.head_nodes[:1])
         self.main = {f"body.{name}" for name, _ in main.named_parameters()}
-        self.spectrum = Spectrum((task.channel, task.height, task.width), network.mean)
-        self.hidden = any(type(module) is BatchNorm2d for module in network.modules())
-        self.middle = network.mean if self.hidden else torch.full_like(network.mean, 0.5)
-        self.maxima = SHARPNESS in dict(self.soft.named_buffers())
-        size = min(task.height, task.width)
-        self.stages = [(most if 4 * most <= size else math.inf, sharpness) for most, sharpness in STAGES]
-        """`STAGES` as they are here: an image's highest frequencies are not sought apart from the next."""
-        self.variances: Told | None = None
-        """What the gradients tell of the images' contrast."""
         self.target: Leak | None = None
         """What is matched, where that is not the leak itself."""
-        self.coarse = torch.full((len(task.generators),), self.stages[0][0] < math.inf)
-        """Which cases are sought from coarse to fine."""
-        self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
-        """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
-        self.sharpness = torch.full((len(task.generators),), POOL).to(network.mean)
-        """How sharp a case's maxima are, ``(case,)``."""
         self.factors: Tensor | None = None
         """By what every case's gradients have been multiplied, ``(case,)``; None where none were."""
         self._divided: tuple[Leak, Leak] | None = None
-        self.optimizer = partial(
-            LBFGS, active=self.active,
-            lr=learning_rate, history_size=history, max_iter=iterations, line_search=backtracking,
-            tolerance_grad=0.0, tolerance_change=0.0, tolerance_curvature=0.0,
-        )  # fmt: skip
-
-    def start(self, task: Task, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A little noise that is smooth as photos are."""
-        noise = torch.randn(task.image, task.channel, task.height, task.width, generator=generator)
-        return NOISE * noise, torch.zeros(task.image, task.classes)
-
-    def pixels(self, dummies: Tensor) -> Tensor:
-        """The images with these coefficients."""
-        return self.middle + CONTRAST * self.spectrum.images(self.passband * dummies)
-
-    def look(self, leak: Leak) -> None:
-        """Labels, then the masks that tell, then where to start."""
-        super().look(leak)
-        self.variances = told(self.network, leak) if self.hidden else None
-        for row, labels in enumerate(self.dummy_labels):
-            for name, mask in read(self.network, leak.row(row), labels.argmax(1)).items():
-                unknown = torch.full((len(self.dummy_labels), *mask.shape), torch.nan).to(mask)
-                self.told.setdefault(name, unknown)[row] = mask
-        self.solve(leak)
 
     def solve(self, leak: Leak) -> None:
         """The better of two starts by objective: what can be solved for, and grey."""
@@ -184,19 +127,8 @@ class Spectral(LabelsFirst):
         return super().evaluate(dummies, labels, self.target or leak)
 
     def seen(self, leak: Leak, rows: list[int], wanted: int | None = None) -> Leak:
-        """As every attack sees it, but `divided`, and with maxima as sharp as they are at this stage."""
-        return self.sharpened(super().seen(self.divided(leak), rows, wanted), rows)
-
-    def example(self, leak: Leak) -> tuple[Tensor, Tensor, Leak]:
-        """As every attack's, with some sharpness of maxima."""
-        images, labels, some = super().example(leak)
-        return images, labels, self.sharpened(some, range(len(images)))
-
-    def sharpened(self, leak: Leak, rows: Sequence[int]) -> Leak:
-        """The ``leak`` of ``rows`` with how sharp the maxima are, if the network has any."""
-        if not self.maxima:
-            return leak
-        return leak._replace(buffers={**leak.buffers, SHARPNESS: self.sharpness[rows]})
+        """As every such attack sees it, but `divided`."""
+        return super().seen(self.divided(leak), rows, wanted)
 
     def descend(self, leak: Leak, found: Tensor, rows: Sequence[int]) -> None:
         """Put into ``found`` what block after block is found of the cases ``rows``, from the head down."""
@@ -231,23 +163,11 @@ class Spectral(LabelsFirst):
         seen = statistics(network, leak.weights, leak.buffers, images)
         return leak._replace(gradients={name: ours[name] for name in self.counted(leak)}, buffers=seen)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.lbfgs = self.optimizer([self.dummy_images])
-        return self.lbfgs
-
-    def on_train_batch_start(self, batch: Leak, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        steps = min(STAGE_STEPS, max(1, int(self.trainer.estimated_stepping_batches) // len(self.stages)))
-        stage, later = divmod(batch_idx, steps)
-        if not later and (self.active & self.coarse).any():
-            self.begin(stage, batch)
-
     def begin(self, stage: int, leak: Leak) -> None:
-        """Seek, of what is sought from coarse to fine, what the ``stage`` adds; none does after the last."""
+        """Seek what the ``stage`` adds without noise in what has been found, of a target that errs by it."""
         if stage:
             self.smooth()
-        if stage < len(self.stages):
-            self.focus(*self.stages[stage])
+        super().begin(stage, leak)
         if stage:
             self.correct(leak)
 
@@ -274,15 +194,6 @@ class Spectral(LabelsFirst):
         strength = torch.where(self.coarse.to(strength.device), strength, 0)
         strengths = strength[:, None] * deviations.flatten(2).std(2)
         return self.middle + denoised(deviations.flatten(0, 1), strengths.flatten()).view_as(images)
-
-    def focus(self, most: float, sharpness: float) -> None:
-        """Seek frequencies up to ``most`` periods a side of what is not fine yet, with maxima so sharp."""
-        coarse = self.coarse.to(self.passband.device)
-        shown = (self.spectrum.frequency <= most) | ~coarse.view(-1, 1, 1, 1, 1)
-        self.passband = shown.to(self.passband)
-        self.sharpness = torch.where(coarse, sharpness, POOL).to(self.sharpness)
-        sought = (self.active & self.coarse).to(self.best_objective.device)
-        self.best_objective[sought] = torch.inf  # of other images
 
     @torch.no_grad()
     def correct(self, leak: Leak) -> None:
@@ -314,12 +225,4 @@ class Spectral(LabelsFirst):
 
     def matched(self, dummies: Tensor) -> Tensor:
         """As it is before noise is taken out."""
-        return self.shown(self.pixels(dummies))
-
-    def shown(self, images: Tensor) -> Tensor:
-        """``images`` at a contrast that is likely, where it is hidden.
-
-        The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
-        """
-        followed = self.coarse.to(images).view(-1, 1, 1, 1, 1)
-        return likely(images, self.network, self.variances, followed) if self.hidden else images
+        return super().reconstructed(dummies)
