@@ -42,18 +42,18 @@ def widest(deviations: Tensor, middle: Tensor) -> Tensor:
     return torch.where(factor.isfinite(), factor, 1)
 
 
-def likely(images: Tensor, network: Network, variances: Told | None, share: Tensor) -> Tensor:
-    """``images`` at the contrast about ``network.mean`` that fills their range, and ``share`` of the way from
-    there to what ``variances`` tell, if they do.
+def likely(images: Tensor, network: Network, variances: Told | None, followed: Tensor) -> Tensor:
+    """``images`` at the contrast about ``network.mean`` that fills their range, or that ``variances`` tell.
 
-    They are ``(case, image, channel, height, width)``, meant to lie in [0, 1]; the share is in [0, 1], one a
-    case, ``(case, 1, 1, 1, 1)``.
+    They are ``(case, image, channel, height, width)``, meant to lie in [0, 1].  What the variances tell, if
+    they do, is ``followed`` of some cases, ``(case,)``.
     """
     deviations = images - network.mean
     deviations = widest(deviations, network.mean) * deviations
     if variances is not None:
         shown = (network.mean + deviations).clamp(0, 1)  # beyond are outliers, which would count most
-        deviations = variances.factor(network.normalise(shown)) ** share * deviations
+        factor = variances.factor(network.normalise(shown))
+        deviations = torch.where(followed.to(factor.device).view_as(factor), factor, 1) * deviations
     return network.mean + deviations
 
 

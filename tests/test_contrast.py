@@ -85,7 +85,7 @@ def test_outliers_beyond_black_and_white_do_not_count() -> None:
     told = contrast.told(victim, leak)
     some = torch.rand(photos.shape, generator=torch.Generator().manual_seed(0)) < 0.005
     spoilt = torch.where(some, victim.mean + 8 * (photos - victim.mean), photos)
-    ours, theirs = (contrast.likely(each, victim, told, torch.tensor(1.0)) for each in (spoilt, photos))
+    ours, theirs = (contrast.likely(each, victim, told, torch.tensor([True])) for each in (spoilt, photos))
     assert float((ours - theirs)[~some].abs().max()) < 0.02
 
 

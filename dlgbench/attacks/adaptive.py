@@ -33,6 +33,7 @@ ROUNDING = 1e-7
 class Adaptive(Frequencies):
     """The most probable image given what the defence shares.
 
+    No start is solved for: that would amplify noise and rounding from layer to layer.
     What a client with the dummies' gradient would share is compared with what was shared: where the
     defence leaves something to chance, in units of its standard deviation; a natural image's
     coefficients are taken to be Gaussian, each with its expected amplitude.  The objective is the

@@ -43,9 +43,9 @@ class Frequencies(LabelsFirst):
         network: Network,
         task: Task,
         *,
-        learning_rate: float = 1.0,
-        history: int = 100,
-        iterations: int = 20,
+        learning_rate: float,
+        history: int,
+        iterations: int,
     ) -> None:
         super().__init__(network, task)
         self.soft = adjustable(network)
@@ -80,14 +80,14 @@ class Frequencies(LabelsFirst):
         return self.middle + CONTRAST * self.spectrum.images(self.passband * dummies)
 
     def look(self, leak: Leak) -> None:
-        """Labels, then the masks that tell, then where to start."""
+        """Labels, then the masks that tell, then where to start, and the contrast of what is not solved."""
         super().look(leak)
-        self.variances = told(self.network, leak) if self.hidden else None
         for row, labels in enumerate(self.dummy_labels):
             for name, mask in read(self.network, leak.row(row), labels.argmax(1)).items():
                 unknown = torch.full((len(self.dummy_labels), *mask.shape), torch.nan).to(mask)
                 self.told.setdefault(name, unknown)[row] = mask
         self.solve(leak)
+        self.variances = told(self.network, leak) if self.hidden and self.coarse.any() else None
 
     def solve(self, leak: Leak) -> None:
         """What else is done before the first step: nothing, unless a start can be solved for."""
@@ -141,5 +141,4 @@ class Frequencies(LabelsFirst):
 
         The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
         """
-        followed = self.coarse.to(images).view(-1, 1, 1, 1, 1)
-        return likely(images, self.network, self.variances, followed) if self.hidden else images
+        return likely(images, self.network, self.variances, self.coarse) if self.hidden else images
