@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from dlgbench import trial
 from dlgbench.attacks.base import Attack
+from dlgbench.attacks.spectral import Spectral
 from dlgbench.case import Case
 from dlgbench.leak import Leak
 from dlgbench.registry import ATTACKS, DATASETS, KINDS
@@ -35,3 +38,16 @@ def fitted(one: Case, leak: Leak) -> Attack:
     attack = trial.attack_on([one], network_of(one))
     trial.trainer_on("cpu", []).fit(attack, trial.Frozen(leak, one.steps))
     return attack
+
+
+def several(count: int) -> Spectral:
+    """`spectral` on so many photos of 128 px, before it has looked at what their clients leak."""
+    cases = [case(attack="spectral", network="resnet18", resolution=128, image=i) for i in range(count)]
+    attack = trial.attack_on(cases, network_of(cases[0]))
+    assert isinstance(attack, Spectral)
+    return attack
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """The mean squared error."""
+    return float((found - truth).square().mean())

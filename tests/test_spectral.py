@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from dlgbench.benchmarks.textbook import model
-from torch import Tensor
 
-from dlgbench import contrast, trial
-from dlgbench.attacks.adaptive import Adaptive
-from dlgbench.attacks.frequencies import Frequencies
+from dlgbench import trial
 from dlgbench.attacks.spectral import Spectral
 from dlgbench.closures import Values
 from dlgbench.leak import Leak
 from dlgbench.metrics import psnr
-from dlgbench.softening import POOL, SHARPNESS
 from dlgbench.spectrum import CONTRAST
 from dlgbench.victims import network_of, secret_of
 
-from .clients import PHOTOS, case, fitted, leaked
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).square().mean())
+from .clients import PHOTOS, case, error, fitted, leaked, several
 
 
 def test_spectral_weighs_every_layer_by_its_own_gradient() -> None:
@@ -55,69 +46,6 @@ def test_a_layer_without_a_gradient_weighs_nothing() -> None:
     assert float(quiet) == pytest.approx(float(attack.distance(image, label, leak.row(0)) - missing))
 
 
-def test_batch_norm_hides_the_contrast_about_the_mean_alone_and_it_is_guessed() -> None:
-    one = case(attack="spectral", network="resnet18", resolution=64, image=0)  # a photo with black and white
-    leak, attack, truth = leaked(one), trial.attack_on([one], network_of(one)), secret_of(one, PHOTOS)
-    assert isinstance(attack, Spectral)
-    label = F.one_hot(truth.labels, 100).double() * 1e4
-    there, pale, dark = (
-        attack.spectrum.coefficients((images - attack.network.mean) / CONTRAST)
-        for images in (truth.images, 0.7 * attack.network.mean + 0.3 * truth.images, truth.images - 0.1)
-    )
-    values = [float(attack.evaluate(each, label, leak).objective) for each in (there, pale, dark)]
-    assert values[1] == pytest.approx(values[0], rel=1e-2)
-    assert values[2] > 2 * values[0]
-    assert error(attack.reconstructed(pale), truth.images) < error(attack.pixels(pale), truth.images) / 10
-
-
-@pytest.mark.parametrize("coarse", [False, True])
-def test_the_contrast_is_followed_to_what_the_gradient_tells_of_what_was_not_solved(coarse: bool) -> None:
-    one = case(attack="spectral:iterations=1", network="resnet18", resolution=64, steps=1)
-    attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS).images
-    assert isinstance(attack, Spectral)
-    attack.focus(math.inf, 8.0)
-    attack.coarse[:] = coarse
-    deviations = truth - attack.middle
-    ours = attack.matched(attack.spectrum.coefficients(0.3 * deviations / CONTRAST)) - attack.middle
-    guess = float(contrast.widest(deviations, attack.middle))
-    assert abs(math.log(guess)) > 0.1
-    torch.testing.assert_close(ours, deviations if coarse else guess * deviations, rtol=0.02, atol=1e-6)
-
-
-@pytest.mark.parametrize("network", ["resnet18:batchnorm=shared", "lenet5"])
-def test_where_contrast_is_not_hidden_it_is_not_read(network: str) -> None:
-    size = 32 if network == "lenet5" else 64
-    one = case(attack="spectral:iterations=1", network=network, resolution=size, steps=1)
-    attack = fitted(one, leaked(one))
-    assert isinstance(attack, Spectral)
-    assert attack.variances is None
-
-
-def test_what_is_returned_fills_the_range_if_the_gradient_does_not_tell() -> None:
-    one = case(attack="spectral:iterations=2", network="resnet18", resolution=64, steps=2, dtype="float32")
-    attack = fitted(one, leaked(one))
-    assert isinstance(attack, Spectral)
-    assert torch.equal(attack.result.images, attack.reconstructed(attack.best_images))
-    attack.variances = None
-    found = attack.reconstructed(attack.best_images)
-    assert float(((found < 0) | (found > 1)).float().mean()) == pytest.approx(contrast.CLIPPED, abs=2e-4)
-
-
-def test_a_grey_image_has_no_contrast_to_guess() -> None:
-    one = case(attack="spectral", network="resnet18", resolution=64)
-    attack = trial.attack_on([one], network_of(one))
-    grey = torch.zeros_like(attack.dummy_images)
-    assert torch.equal(attack.reconstructed(grey), attack.pixels(grey))
-
-
-def test_only_batch_norm_on_batch_statistics_hides_it() -> None:
-    for network, hidden in [("lenet5", False), ("resnet18:batchnorm=eval", False), ("resnet18", True)]:
-        one = case(attack="spectral", network=network, resolution=32 if network == "lenet5" else 64)
-        attack = trial.attack_on([one], network_of(one))
-        dummies = attack.dummy_images.detach()
-        assert torch.equal(attack.matched(dummies), attack.pixels(dummies)) is not hidden
-
-
 def test_spectral_goes_on_where_the_objective_is_small() -> None:
     one = case(attack="spectral", network="lenet5", steps=40, image=5, dtype="float32")  # a pale photo
     attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS)
@@ -136,25 +64,6 @@ def test_a_start_that_was_solved_for_must_explain_the_gradient() -> None:
     assert not torch.equal(attack.dummy_images, grey.dummy_images)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("spectral", Spectral), ("adaptive", Adaptive)])
-def test_a_large_image_is_sought_from_coarse_to_fine(
-    name: str, kind: type[Frequencies], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[float] = []
-    one = case(attack=f"{name}:iterations=1", network="resnet18", resolution=128, steps=10, dtype="float32")
-
-    def note(attack: Frequencies, images: torch.Tensor, labels: torch.Tensor, leak: Leak) -> torch.Tensor:
-        with torch.no_grad():
-            there = attack.spectrum.coefficients(images.detach() - 0.5).abs().amax((0, 1)) > 1e-3
-            seen.append(float(attack.spectrum.frequency[there].max()))
-        return images.square().mean() + 0 * labels.sum()
-
-    monkeypatch.setattr(kind, "distance", note)
-    fitted(one, leaked(one))
-    levels = list(dict.fromkeys(round(most) for most in seen))
-    assert levels == [14, 28, 90]  # 56 is above a quarter of 128; the highest is 64 times root 2
-
-
 @pytest.mark.parametrize(("network", "batch", "resolution"), [("resnet18", 1, 64), ("inception_v3", 2, 299)])
 def test_layers_count_that_the_first_head_is_computed_by(network: str, batch: int, resolution: int) -> None:
     one = case(attack="spectral", network=network, batch=batch, resolution=resolution, dtype="float32")
@@ -167,39 +76,6 @@ def test_layers_count_that_the_first_head_is_computed_by(network: str, batch: in
     used = {name for name, slope in zip(weights, slopes, strict=True) if slope is not None}
     assert attack.main == used
     assert (used == weights.keys()) is (network == "resnet18")
-
-
-def several(count: int) -> Spectral:
-    cases = [case(attack="spectral", network="resnet18", resolution=128, image=i) for i in range(count)]
-    attack = trial.attack_on(cases, network_of(cases[0]))
-    assert isinstance(attack, Spectral)
-    return attack
-
-
-def test_what_is_fine_already_keeps_its_frequencies_and_its_best() -> None:
-    attack = several(2)
-    attack.coarse[0], attack.best_objective = False, torch.tensor([1.0, 2.0])
-    attack.focus(14, 2.0)
-    assert attack.sharpness.tolist() == [POOL, 2.0]
-    assert attack.best_objective.tolist() == [1.0, math.inf]  # the second's was of another image
-    noise = torch.randn(2, 1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
-    shown = attack.spectrum.coefficients(attack.pixels(noise) - attack.middle).abs() > 1e-9
-    assert shown[0].all()
-    assert float(attack.spectrum.frequency[shown[1, 0, 0]].max()) <= 14
-
-
-def test_maxima_sharpen_while_frequencies_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = case(attack="spectral:iterations=1", network="resnet18", resolution=112, steps=6, dtype="float32")
-    seen, begin = list[tuple[float, float]](), Spectral.on_train_batch_start
-
-    def watched(attack: Spectral, batch: Leak, step: int) -> None:
-        begin(attack, batch, step)
-        shown = attack.spectrum.frequency[attack.passband[0, 0, 0] > 0]
-        seen.append((round(float(shown.max())), float(attack.sharpness[0])))
-
-    monkeypatch.setattr(Spectral, "on_train_batch_start", watched)
-    fitted(one, leaked(one))
-    assert seen == [(14, 1.0), (28, 1.0), (78, 1.0), (78, 2.0), (78, 4.0), (78, 4.0)]  # 55.5 of both axes
 
 
 def noisy(count: int) -> Spectral:
@@ -295,19 +171,6 @@ def test_smoothing_begins_every_stage_and_goes_on_after_the_last(monkeypatch: py
     assert steps == [2, 4, 6, 8, 10]
 
 
-def test_a_traced_closure_takes_the_sharpness_as_it_is_at_the_call() -> None:
-    one = case(attack="spectral", network="resnet18", resolution=64)
-    attack = trial.attack_on([one], network_of(one))
-    grey, labels, leak = attack.example(leaked(one))
-    images = torch.rand(grey.shape, generator=torch.Generator().manual_seed(0)).double()
-    assert leak.buffers[SHARPNESS].tolist() == [POOL]
-    traced = attack.closure.trace(images, labels, leak)
-    softer = leak._replace(buffers={**leak.buffers, SHARPNESS: torch.tensor([1.0]).double()})
-    sharp, soft = (attack.closure(images, labels, some).objective for some in (leak, softer))
-    assert abs(soft - sharp) > 1e-5
-    torch.testing.assert_close(traced(*attack.closure.flat(images, labels, softer))[0], soft)
-
-
 def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPatch) -> None:
     attack, sought = several(3), list[int]()
     images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
@@ -322,14 +185,6 @@ def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPat
     assert sought == [0, 2]
     assert attack.coarse.tolist() == [True, False, True]
     torch.testing.assert_close(attack.pixels(attack.dummy_images.detach())[1], images)
-
-
-def test_a_small_image_is_sought_as_a_whole() -> None:
-    one = case(attack="spectral:iterations=1", network="resnet18", resolution=55, steps=1)
-    attack = fitted(one, leaked(one))
-    assert isinstance(attack, Spectral)
-    assert bool(attack.passband.all())
-    assert attack.sharpness.tolist() == [POOL]
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
