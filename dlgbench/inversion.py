@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call
 
+from dlgbench.batchnorm import DIMENSIONS, BatchNorm2d
 from dlgbench.leak import Leak
 from dlgbench.prepare import Network
 from dlgbench.softening import RELU, bent, level_max_pool
@@ -26,16 +27,25 @@ PRIOR, FALL = 0.05, 1.0
 matched of a layer counts as 1."""
 ITERATIONS, HISTORY = 100, 50
 """Of L-BFGS on each level."""
+FIRST = 0.01
+"""Of what a photo's coefficients are, those that images begin with whose contrast is held."""
 
 Part = Callable[[tuple[Tensor]], Sequence[Tensor]]
 """What a softened network computes of an image."""
 
 
-def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> Tensor:
+def invert(
+    network: Network,
+    leak: Leak,
+    values: Mapping[fx.Node, Tensor],
+    shape: tuple[int, ...],
+    iterations: int = ITERATIONS,
+) -> Tensor:
     """Images ``shape``, in [0, 1] or near, on which nodes of the network's body have these ``values``.
 
-    Each on its own, by L-BFGS from grey while maxima sharpen, with the weights and buffers of one case's
-    ``leak``.  The network must not mix them: no statistics of the batch.
+    By L-BFGS from grey while maxima sharpen, so many ``iterations`` on each level, with the weights and
+    buffers of one case's ``leak``.  Each on its own, unless the network mixes them by the batch's statistics.
+    Those hide contrast and mean, which are then a photo's and the network's.
     """
     assert isinstance(network.body, fx.GraphModule)
     ends = frontier(network.body, values)
@@ -43,31 +53,65 @@ def invert(network: Network, leak: Leak, values: Mapping[fx.Node, Tensor], shape
     state = {name: shared[f"body.{name}"] for name in part.state_dict()}
     levels = torch.logspace(math.log10(SOFTEST), math.log10(SHARPEST), LEVELS).tolist()
     parts = [partial(functional_call, bent(part, RELU, level, level_max_pool), state) for level in levels]
-    each = zip(*(values[end].to(network.mean).unsqueeze(1) for end in ends), strict=True)
-    return torch.cat([_image(network, parts, wanted, shape[1:]) for wanted in each])
+    wanted = [values[end].to(network.mean) for end in ends]
+    if any(type(layer) is BatchNorm2d for layer in part.modules()):
+        return _sought(Hidden(network, shape), parts, wanted, iterations)
+    each = zip(*(value.split(1) for value in wanted), strict=True)
+    return torch.cat([_sought(Open(network, (1, *shape[1:])), parts, one, iterations) for one in each])
 
 
-def _image(network: Network, parts: Sequence[Part], wanted: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """The image ``(1, *shape)`` on which the last of the parts gives what is ``wanted``.
+class Open:
+    """Images over coefficients times the root of photos' amplitudes; both and pixels are worse scaled."""
 
-    Each is begun where the one before ended.  The unknowns are coefficients times the root of photos'
-    amplitudes: coefficients as well as pixels are worse scaled.
-    """
-    spectrum, sizes = Spectrum(shape, network.mean, FALL), [value.square().sum() for value in wanted]
-    root = spectrum.amplitude.sqrt()
-    unknown = torch.zeros((1, *shape)).to(network.mean).requires_grad_()
+    def __init__(self, network: Network, shape: tuple[int, ...]) -> None:
+        self.network = network
+        self.spectrum = Spectrum(shape[1:], network.mean, FALL)
+        self.root = self.spectrum.amplitude.sqrt()
+        self.start = torch.zeros(shape).to(network.mean)
 
-    def image() -> Tensor:
-        return 0.5 + CONTRAST * spectrum.usual * spectrum.images(unknown / root)
+    def pixels(self, unknown: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, and how unlike a photo's they are: the mean square of the coefficients."""
+        coefficients = unknown / self.root
+        deviations = CONTRAST * self.spectrum.usual * self.spectrum.images(coefficients)
+        return 0.5 + deviations, coefficients.square().mean()
+
+    def size(self, value: Tensor) -> Tensor:
+        """The square of what has to be matched of a node's ``value``."""
+        return value.square().sum()
+
+
+class Hidden(Open):
+    """The same where batch norm hides contrast and mean: they are held, or a prior would take them away."""
+
+    def __init__(self, network: Network, shape: tuple[int, ...]) -> None:
+        super().__init__(network, shape)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self.start = FIRST * self.root * noise.to(network.mean)  # grey has no contrast to hold
+
+    def pixels(self, unknown: Tensor) -> tuple[Tensor, Tensor]:
+        images, square = super().pixels(unknown)
+        deviations = (images - images.mean(DIMENSIONS, keepdim=True)) / CONTRAST
+        contrast = deviations.square().mean()
+        return self.network.mean + CONTRAST * deviations / contrast.sqrt(), square / contrast
+
+    def size(self, value: Tensor) -> Tensor:
+        return (value - value.mean(DIMENSIONS, keepdim=True)).square().sum()
+
+
+def _sought(space: Open, parts: Sequence[Part], wanted: Sequence[Tensor], iterations: int) -> Tensor:
+    """The images on which the last of the parts gives what is ``wanted``, each begun where the last ended."""
+    sizes = [space.size(value) for value in wanted]
+    unknown = space.start.clone().requires_grad_()
 
     def objective(part: Part) -> Tensor:
-        found = part((network.normalise(image()),))
+        images, unlike = space.pixels(unknown)
+        found = part((space.network.normalise(images),))
         misfits = [(a - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
-        return torch.stack(misfits).sum() + PRIOR * (unknown / root).square().mean()
+        return torch.stack(misfits).sum() + PRIOR * unlike
 
     for part in parts:
-        descend(partial(objective, part), unknown, iterations=ITERATIONS, history=HISTORY)
-    return image().detach()
+        descend(partial(objective, part), unknown, iterations=iterations, history=HISTORY)
+    return space.pixels(unknown)[0].detach()
 
 
 def descend(objective: Callable[[], Tensor], unknown: Tensor, *, iterations: int, history: int) -> None:

@@ -20,18 +20,20 @@ from torch.func import functional_call
 from torch.fx.passes.shape_prop import ShapeProp
 
 from dlgbench.batchnorm import DIMENSIONS, BatchNorm2d
-from dlgbench.inversion import trunk
+from dlgbench.inversion import invert, trunk
 from dlgbench.leak import Leak, Tensors, relative_square
 from dlgbench.linesearch import backtracking
 from dlgbench.optim import LBFGS
 from dlgbench.prepare import ACTIVATIONS, Network
-from dlgbench.softening import soft_max_pool
+from dlgbench.softening import soft_max_pool, softened
 
-ALONE, TOGETHER = 80, 120
+ALONE, TOGETHER = 40, 60
 """Iterations of L-BFGS on a block alone, and then together with those above it."""
 BLOCKS = 3
 """How many those are with it: what a maximum above passes on is right once it is at the right place."""
 HISTORY = 50
+ITERATIONS = 15
+"""Of L-BFGS on the images, on each level of sharpness."""
 
 PASSED = torch.cat, soft_max_pool
 """What passes channels on; those of a maximum are not distributed as they were."""
@@ -64,7 +66,7 @@ class Known(NamedTuple):
 
 
 class Descent:
-    """The way down a network whose kinks are softened, on the leak of one case.
+    """The way down a network on the leak of one case, its kinks softened.
 
     The ``leak`` holds every buffer, masks included; ``labels`` are probabilities, ``(image, class)``.
     The gradients of the weights that ``counted`` names are matched.  ``tell`` hears every objective, and
@@ -80,9 +82,11 @@ class Descent:
         tell: Callable[[float], None] = lambda objective: None,
         late: Callable[[], bool] = lambda: False,
     ) -> None:
-        assert isinstance(network.body, fx.GraphModule)
-        self.network, self.body, self.labels = network, network.body, labels
+        soft = softened(network)
+        assert isinstance(soft.body, fx.GraphModule)
+        self.network, self.body, self.labels = soft, soft.body, labels
         self.tell, self.late = tell, late
+        self.true, self.leak = network, leak
         self.state = {name.removeprefix("body."): t for name, t in (leak.weights | leak.buffers).items()}
         self.wanted = {name.removeprefix("body."): leak.gradients[name] for name in counted}
         self.forks = forks(network)
@@ -90,22 +94,28 @@ class Descent:
         self.activation = next(known, None)
         self.known: dict[fx.Node, Known] = {}
 
-    def images(self, start: Tensor, pixels: Transform, generator: torch.Generator) -> Tensor | None:
-        """The unknowns of which ``pixels`` makes the images, sought from ``start``.
+    def images(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Images ``(image, channel, height, width)``, in [0, 1] or near, from random values of every fork.
 
-        None where there is no fork or it is not known how its values are distributed, and of a bottleneck.
+        None where there is no fork or it is not known how its values are distributed, of a bottleneck, and
+        where it is late.  Matched is the fork so many `BLOCKS` above the lowest: what follows there from
+        what was found of that is less noisy than either was when it was found.
         """
         spaces = [self.units(fork) for fork in self.forks]
         head = self.body.get_submodule(str(self.network.head_nodes[0].target))
         if not spaces or None in spaces or not isinstance(head, nn.Linear):
             return None
-        ShapeProp(self.body).propagate(torch.zeros_like(pixels(start)))
+        ShapeProp(self.body).propagate(torch.zeros(shape).to(self.network.mean))
         for index, space in enumerate(spaces):
             assert space is not None
             size = self.forks[index].meta["tensor_meta"].shape
-            random = torch.randn(size, generator=generator).to(start)
+            random = torch.randn(size, generator=generator).to(self.network.mean)
             self._look_up(index, space(self._find(index, space, random)))
-        return self._find(len(spaces), lambda unknown: self.network.normalise(pixels(unknown)), start)
+        if self.late():
+            return None
+        end = max(0, len(self.forks) - 1 - BLOCKS)
+        known = {forks(self.true)[end]: self.known[self.forks[end]].value}
+        return invert(self.true, self.leak, known, shape, ITERATIONS)
 
     def units(self, node: fx.Node) -> Units | None:
         """How the values of ``node`` follow from unknowns, if it is known."""
@@ -128,7 +138,7 @@ class Descent:
         return torch.stack([torch.ones_like(weight), weight, self.state[f"{norm}.bias"]])
 
     def _find(self, index: int, space: Transform, unknown: Tensor) -> Tensor:
-        """The unknowns of fork ``index``, or of the image, which is below the last."""
+        """The unknowns of fork ``index``."""
         for blocks, iterations in ((1, ALONE), (BLOCKS, TOGETHER)):
             if self.late():
                 break
@@ -137,7 +147,7 @@ class Descent:
 
     def _objective(self, index: int, space: Transform, blocks: int) -> Transform:
         """The mean of the relative squares of what so many blocks' gradients and output are missed by."""
-        begin = self.forks[index] if index < len(self.forks) else None
+        begin = self.forks[index]
         end = self.forks[index - blocks] if index >= blocks else None
         part = trunk(self.body, [end] if end else self._heads(begin), begin)
         names = [name for name, _ in part.named_parameters() if name in self.wanted]
@@ -167,9 +177,9 @@ class Descent:
         outputs: tuple[Tensor, ...] = functional_call(part, state, (inputs,))
         return outputs
 
-    def _heads(self, begin: fx.Node | None) -> list[fx.Node]:
+    def _heads(self, begin: fx.Node) -> list[fx.Node]:
         """The layers of logits that depend on ``begin``, as the first does on every fork."""
-        return [head for head in self.network.head_nodes if begin is None or begin in ancestors(head)]
+        return [head for head in self.network.head_nodes if begin in ancestors(head)]
 
     def _loss(self, logits: Sequence[Tensor]) -> Tensor:
         each = zip(self.network.heads, logits, strict=False)

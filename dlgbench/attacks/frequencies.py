@@ -60,6 +60,8 @@ class Frequencies(LabelsFirst):
         """What the gradients tell of the images' contrast."""
         self.coarse = torch.full((len(task.generators),), self.stages[0][0] < math.inf)
         """Which cases are sought from coarse to fine."""
+        self.noisy = self.coarse.clone()
+        """In which there is noise: those, and what was not solved for but found in another way."""
         self.passband = torch.ones(1, 1, 1, task.height, task.width).to(network.mean)
         """The frequencies that are shown of a case, ``(case or 1, 1, 1, height, width)``."""
         self.sharpness = torch.full((len(task.generators),), POOL).to(network.mean)
@@ -79,6 +81,10 @@ class Frequencies(LabelsFirst):
         """The images with these coefficients."""
         return self.middle + CONTRAST * self.spectrum.images(self.passband * dummies)
 
+    def coefficients(self, images: Tensor) -> Tensor:
+        """The inverse of `pixels`, where every frequency is shown."""
+        return self.spectrum.coefficients((images - self.middle) / CONTRAST)
+
     def look(self, leak: Leak) -> None:
         """Labels, then the masks that tell, then where to start, and the contrast of what is not solved."""
         super().look(leak)
@@ -87,7 +93,7 @@ class Frequencies(LabelsFirst):
                 unknown = torch.full((len(self.dummy_labels), *mask.shape), torch.nan).to(mask)
                 self.told.setdefault(name, unknown)[row] = mask
         self.solve(leak)
-        self.variances = told(self.network, leak) if self.hidden and self.coarse.any() else None
+        self.variances = told(self.network, leak) if self.hidden and self.noisy.any() else None
 
     def solve(self, leak: Leak) -> None:
         """What else is done before the first step: nothing, unless a start can be solved for."""
@@ -141,4 +147,4 @@ class Frequencies(LabelsFirst):
 
         The gradient is nearly the same for any about the middle, as that is what convolutions pad with.
         """
-        return likely(images, self.network, self.variances, self.coarse) if self.hidden else images
+        return likely(images, self.network, self.variances, self.noisy) if self.hidden else images

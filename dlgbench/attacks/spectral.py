@@ -21,8 +21,6 @@ from dlgbench.leak import Leak, gradients, relative_square, statistics
 from dlgbench.peeling import peel
 from dlgbench.prepare import Network
 from dlgbench.registry import ATTACKS
-from dlgbench.softening import softened
-from dlgbench.spectrum import CONTRAST
 
 MISFIT, SMOOTHING = 2.5, 0.4
 """How strongly to smooth, in deviations of the image, where the relative distance of the gradient, rooted, is
@@ -35,7 +33,7 @@ MISFIT, SMOOTHING = 2.5, 0.4
     priors="smooth and pale where the gradient leaves it open, range of pixels, patches alike from 56 px on",
     ahead={
         "default": 500,
-        "network=inception_v3": 1000,
+        "network=inception_v3": 500,
         "network.batchnorm=train": 0,
         "network.batchnorm=shared": 0,
         "network.batchnorm=eval": 500,
@@ -46,7 +44,7 @@ MISFIT, SMOOTHING = 2.5, 0.4
         "defense=clip,batch=1": 11,
         "defense=local,batch=1": 11,
         "default": 4,
-        "network=inception_v3": 8,
+        "network=inception_v3": 9,
         "network.batchnorm=train": 8,
         "network.batchnorm=shared": 8,
         "network.batchnorm=eval,network.activation=relu,defense=none": 12,
@@ -91,19 +89,21 @@ class Spectral(Frequencies):
         self._divided: tuple[Leak, Leak] | None = None
 
     def solve(self, leak: Leak) -> None:
-        """The better of two starts by objective: what can be solved for, and grey."""
+        """The better of two starts by objective: what is solved for, or found block by block, and grey."""
         self.find_factors(leak)
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
+        open_ = torch.ones(len(solved), dtype=torch.bool)
         for case, image in peel(self.network, self.divided(leak), solved.shape[1:]):
-            solved[case] = self.spectrum.coefficients((image - self.middle) / CONTRAST)
-        rows = range(len(solved))
-        self.descend(leak, solved, [r for r in rows if torch.equal(solved[r], self.dummy_images[r])])
+            solved[case], open_[case] = self.coefficients(image), False
+        self.descend(leak, solved, open_.nonzero().squeeze(1).tolist())
         if not torch.equal(solved, self.dummy_images):
             grey, ours = (
                 self.evaluate(start, labels, leak).objective for start in (self.dummy_images, solved)
             )
-            self.dummy_images[ours < grey] = solved[ours < grey]
-            self.coarse &= ~(ours < grey).cpu()  # the others are fine already
+            better = (ours < grey).cpu()
+            self.dummy_images[better] = solved[better]
+            self.coarse &= ~better  # the others are fine already
+            self.noisy &= ~better | open_
             self.closures += 2
 
     def find_factors(self, leak: Leak) -> None:
@@ -132,13 +132,12 @@ class Spectral(Frequencies):
 
     def descend(self, leak: Leak, found: Tensor, rows: Sequence[int]) -> None:
         """Put into ``found`` what block after block is found of the cases ``rows``, from the head down."""
-        soft = softened(self.network)
         for row in rows:
-            generator = self.generators[row]
             seen, labels = self.seen(leak, [row]).row(0), self.dummy_labels[row].softmax(-1)
-            descent = topdown.Descent(soft, seen, labels, self.counted(seen), self.tell, self.late)
-            images = descent.images(found[row], lambda dummies: self.pixels(dummies[None])[0], generator)
-            found[row] = found[row] if images is None else images
+            counted = self.counted(seen)
+            descent = topdown.Descent(self.network, seen, labels, counted, self.tell, self.late)
+            images = descent.images(found.shape[1:], self.generators[row])
+            found[row] = found[row] if images is None else self.coefficients(images)
 
     def counted(self, leak: Leak) -> list[str]:
         """The weights of which the distance is."""
@@ -174,7 +173,7 @@ class Spectral(Frequencies):
     @torch.no_grad()
     def smooth(self) -> None:
         """Go on without the noise in what is sought from coarse to fine."""
-        found = self.spectrum.coefficients((self.clean(self.dummy_images) - self.middle) / CONTRAST)
+        found = self.coefficients(self.clean(self.dummy_images))
         sought = self.active & self.coarse
         moved = (self.passband > 0) & sought.to(self.passband.device).view(-1, 1, 1, 1, 1)
         self.dummy_images.copy_(torch.where(moved, found, self.dummy_images))
@@ -187,11 +186,11 @@ class Spectral(Frequencies):
         What a gradient tells badly a descent leaves at random, and of that it rarely finds its way back.
         """
         images = self.pixels(dummies)
-        if not self.coarse.any():
+        if not self.noisy.any():
             return images
         deviations = images - self.middle
         strength = (MISFIT * self.best_objective.sqrt()).clamp(max=SMOOTHING)
-        strength = torch.where(self.coarse.to(strength.device), strength, 0)
+        strength = torch.where(self.noisy.to(strength.device), strength, 0)
         strengths = strength[:, None] * deviations.flatten(2).std(2)
         return self.middle + denoised(deviations.flatten(0, 1), strengths.flatten()).view_as(images)
 
