@@ -56,7 +56,7 @@ def invert(
     wanted = [values[end].to(network.mean) for end in ends]
     if any(type(layer) is BatchNorm2d for layer in part.modules()):
         return _sought(Hidden(network, shape), parts, wanted, iterations)
-    each = zip(*(value.split(1) for value in wanted), strict=True)
+    each = zip(*(value.unsqueeze(1) for value in wanted), strict=True)
     return torch.cat([_sought(Open(network, (1, *shape[1:])), parts, one, iterations) for one in each])
 
 

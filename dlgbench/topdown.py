@@ -89,7 +89,7 @@ class Descent:
         self.true, self.leak = network, leak
         self.state = {name.removeprefix("body."): t for name, t in (leak.weights | leak.buffers).items()}
         self.wanted = {name.removeprefix("body."): leak.gradients[name] for name in counted}
-        self.forks = forks(network)
+        self.forks = forks(soft)
         known = (n.target for n in self.body.graph.nodes if n.target in ACTIVATIONS.values())
         self.activation = next(known, None)
         self.known: dict[fx.Node, Known] = {}
