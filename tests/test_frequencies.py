@@ -35,18 +35,18 @@ def test_batch_norm_hides_the_contrast_about_the_mean_alone_and_it_is_guessed() 
     assert error(attack.reconstructed(pale), truth.images) < error(attack.pixels(pale), truth.images) / 10
 
 
-@pytest.mark.parametrize("coarse", [False, True])
-def test_the_contrast_is_followed_to_what_the_gradient_tells_of_what_was_not_solved(coarse: bool) -> None:
+@pytest.mark.parametrize("followed", [False, True])
+def test_the_contrast_is_followed_to_what_the_gradient_tells_of_what_was_not_solved(followed: bool) -> None:
     one = case(attack="spectral:iterations=1", network="resnet18", resolution=64, steps=1)
     attack, truth = fitted(one, leaked(one)), secret_of(one, PHOTOS).images
     assert isinstance(attack, Spectral)
     attack.focus(math.inf, 8.0)
-    attack.coarse[:] = coarse
+    attack.noisy[:] = followed
     deviations = truth - attack.middle
     ours = attack.matched(attack.spectrum.coefficients(0.3 * deviations / CONTRAST)) - attack.middle
     guess = float(contrast.widest(deviations, attack.middle))
     assert abs(math.log(guess)) > 0.1
-    torch.testing.assert_close(ours, deviations if coarse else guess * deviations, rtol=0.02, atol=1e-6)
+    torch.testing.assert_close(ours, deviations if followed else guess * deviations, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("network", ["resnet18:batchnorm=shared", "lenet5"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dlgbench.benchmarks.textbook import model
+from torch import Tensor
 
 from dlgbench import trial
 from dlgbench.attacks.spectral import Spectral
@@ -132,7 +133,7 @@ def test_what_is_solved_done_or_not_shown_is_not_smoothed() -> None:
 
 def test_what_is_returned_is_without_noise_unless_it_was_solved() -> None:
     attack = noisy(2)
-    attack.coarse[1], attack.hidden = False, False  # what contrast is guessed is another question
+    attack.noisy[1], attack.hidden = False, False  # what contrast is guessed is another question
     found = attack.dummy_images.detach()
     clean = attack.reconstructed(found)
     as_it_is = attack.matched(found)
@@ -175,16 +176,23 @@ def test_case_by_case_what_is_not_solved_is_sought(monkeypatch: pytest.MonkeyPat
     attack, sought = several(3), list[int]()
     images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).double()
     monkeypatch.setattr("dlgbench.attacks.spectral.peel", lambda *told: [(1, images)])
-    monkeypatch.setattr(Spectral, "descend", lambda attack, leak, found, rows: sought.extend(rows))
-    objectives = iter((torch.tensor([3.0, 3.0, 3.0]), torch.tensor([3.0, 2.0, 3.0])))  # grey, and solved
+
+    def descend(attack: Spectral, leak: Leak, found: Tensor, rows: list[int]) -> None:
+        sought.extend(rows)
+        found[2] = attack.coefficients(images)
+
+    monkeypatch.setattr(Spectral, "descend", descend)
+    objectives = iter((torch.tensor([3.0, 3.0, 3.0]), torch.tensor([3.0, 2.0, 2.0])))  # grey, and found
     monkeypatch.setattr(
         attack, "evaluate", lambda *told: Values(next(objectives), torch.empty(0), torch.empty(0))
     )
     with torch.no_grad():
         attack.solve(Leak({}, {}, {}))
     assert sought == [0, 2]
-    assert attack.coarse.tolist() == [True, False, True]
-    torch.testing.assert_close(attack.pixels(attack.dummy_images.detach())[1], images)
+    assert attack.coarse.tolist() == [True, False, False]
+    assert attack.noisy.tolist() == [True, False, True]  # what was solved for is exact
+    for row in (1, 2):
+        torch.testing.assert_close(attack.pixels(attack.dummy_images.detach())[row], images)
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
