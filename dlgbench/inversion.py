@@ -40,12 +40,13 @@ def invert(
     values: Mapping[fx.Node, Tensor],
     shape: tuple[int, ...],
     iterations: int = ITERATIONS,
+    tell: Callable[[float], None] = lambda objective: None,
 ) -> Tensor:
     """Images ``shape``, in [0, 1] or near, on which nodes of the network's body have these ``values``.
 
     By L-BFGS from grey while maxima sharpen, so many ``iterations`` on each level, with the weights and
     buffers of one case's ``leak``.  Each on its own, unless the network mixes them by the batch's statistics.
-    Those hide contrast and mean, which are then a photo's and the network's.
+    Those hide contrast and mean, which are then a photo's and the network's.  ``tell`` hears every objective.
     """
     assert isinstance(network.body, fx.GraphModule)
     ends = frontier(network.body, values)
@@ -55,9 +56,9 @@ def invert(
     parts = [partial(functional_call, bent(part, RELU, level, level_max_pool), state) for level in levels]
     wanted = [values[end].to(network.mean) for end in ends]
     if any(type(layer) is BatchNorm2d for layer in part.modules()):
-        return _sought(Hidden(network, shape), parts, wanted, iterations)
+        return _sought(Hidden(network, shape), parts, wanted, iterations, tell)
     each = zip(*(value.unsqueeze(1) for value in wanted), strict=True)
-    return torch.cat([_sought(Open(network, (1, *shape[1:])), parts, one, iterations) for one in each])
+    return torch.cat([_sought(Open(network, (1, *shape[1:])), parts, one, iterations, tell) for one in each])
 
 
 class Open:
@@ -98,7 +99,13 @@ class Hidden(Open):
         return (value - value.mean(DIMENSIONS, keepdim=True)).square().sum()
 
 
-def _sought(space: Open, parts: Sequence[Part], wanted: Sequence[Tensor], iterations: int) -> Tensor:
+def _sought(
+    space: Open,
+    parts: Sequence[Part],
+    wanted: Sequence[Tensor],
+    iterations: int,
+    tell: Callable[[float], None],
+) -> Tensor:
     """The images on which the last of the parts gives what is ``wanted``, each begun where the last ended."""
     sizes = [space.size(value) for value in wanted]
     unknown = space.start.clone().requires_grad_()
@@ -107,7 +114,9 @@ def _sought(space: Open, parts: Sequence[Part], wanted: Sequence[Tensor], iterat
         images, unlike = space.pixels(unknown)
         found = part((space.network.normalise(images),))
         misfits = [(a - b).square().sum() / size for a, b, size in zip(found, wanted, sizes, strict=True)]
-        return torch.stack(misfits).sum() + PRIOR * unlike
+        value = torch.stack(misfits).sum() + PRIOR * unlike
+        tell(float(value.detach()))
+        return value
 
     for part in parts:
         descend(partial(objective, part), unknown, iterations=iterations, history=HISTORY)

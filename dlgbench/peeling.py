@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -18,7 +18,12 @@ ENOUGH = 0.5
 """Features that an image is sought from, as a share of its pixels: fewer show none."""
 
 
-def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+def peel(
+    network: Network,
+    leak: Leak,
+    shape: tuple[int, ...],
+    tell: Callable[[float], None] = lambda objective: None,
+) -> Iterator[tuple[int, Tensor]]:
     """Which cases can be solved for, each with its images ``(image, channel, height, width)`` in [0, 1].
 
     ``shape`` is that of a case's images, which are in the order of their labels.  What lies below the
@@ -26,13 +31,14 @@ def peel(network: Network, leak: Leak, shape: tuple[int, ...]) -> Iterator[tuple
     alone.  Else the layers of a residual network are, and the images are those that they are computed on.
     Where ReLU leaves the equations underdetermined, images are filled smoothly.  Computed in float64; what
     the leak was rounded to is amplified from layer to layer; where it is too much, no more are solved.
+    ``tell`` hears every objective of what takes long.
     """
     if f"{network.head}.bias" not in leak.gradients or _withheld(network):
         return
     layers = chains.chain(network, shape)
     below = _below(network, layers[0]) if layers else None
     small = shape[0] == 1 and (below is None or math.prod(shape) <= _solver(below).LARGEST)
-    solve = partial(_peel, layers) if layers and small else _descend
+    solve = partial(_peel, layers) if layers and small else partial(_descend, tell=tell)
     for case in range(len(leak.gradients[f"{network.head}.bias"])):
         images = solve(network, leak.row(case), shape)
         if images is not None and images.isfinite().all():
@@ -44,7 +50,9 @@ def _withheld(network: Network) -> bool:
     return any(name.rpartition(".")[2] in ("weight", "bias") for name, _ in network.named_buffers())
 
 
-def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | None:
+def _descend(
+    network: Network, leak: Leak, shape: tuple[int, ...], tell: Callable[[float], None]
+) -> Tensor | None:
     """One case's images from what can be told of a residual network's layers; None where it is too little.
 
     Their labels are the classes whose logits the loss pulls up: the slope of the features is that of the
@@ -58,7 +66,7 @@ def _descend(network: Network, leak: Leak, shape: tuple[int, ...]) -> Tensor | N
     weight = leak.weights[f"{network.head}.weight"].double()
     if shape[0] > 1 and weight.shape[1] != layers.features.shape[1]:
         return None  # whose image is whose is not known where more than the head is above
-    found = inversion.invert(network, leak, layers.values, shape)
+    found = inversion.invert(network, leak, layers.values, shape, tell=tell)
     return found[(layers.features @ weight.T).argmin(1).argsort(stable=True)] if shape[0] > 1 else found
 
 

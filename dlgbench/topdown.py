@@ -115,7 +115,7 @@ class Descent:
             return None
         end = max(0, len(self.forks) - 1 - BLOCKS)
         known = {forks(self.true)[end]: self.known[self.forks[end]].value}
-        return invert(self.true, self.leak, known, shape, ITERATIONS)
+        return invert(self.true, self.leak, known, shape, ITERATIONS, self.tell)
 
     def units(self, node: fx.Node) -> Units | None:
         """How the values of ``node`` follow from unknowns, if it is known."""

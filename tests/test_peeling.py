@@ -129,7 +129,7 @@ def test_what_lies_below_the_chain_has_its_own_way(
     taken = []
     for module, function in ((newton, "solve"), (continuation, "solve"), (inversion, "invert")):
 
-        def grey(*arguments: Any, module: ModuleType = module) -> Tensor:
+        def grey(*arguments: Any, module: ModuleType = module, **others: Any) -> Tensor:
             taken.append(module.__name__)
             return torch.zeros(arguments[-1])
 

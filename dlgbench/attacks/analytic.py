@@ -46,7 +46,7 @@ class Analytic(LabelsFirst):
 
     def look(self, leak: Leak) -> None:
         super().look(leak)
-        for case, image in peel(self.network, leak, self.dummy_images.shape[1:]):
+        for case, image in peel(self.network, leak, self.dummy_images.shape[1:], self.tell):
             self.dummy_images[case] = image
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

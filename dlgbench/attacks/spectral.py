@@ -93,7 +93,7 @@ class Spectral(Frequencies):
         self.find_factors(leak)
         solved, labels = self.dummy_images.detach().clone(), self.dummy_labels.detach()
         open_ = torch.ones(len(solved), dtype=torch.bool)
-        for case, image in peel(self.network, self.divided(leak), solved.shape[1:]):
+        for case, image in peel(self.network, self.divided(leak), solved.shape[1:], self.tell):
             solved[case], open_[case] = self.coefficients(image), False
         self.descend(leak, solved, open_.nonzero().squeeze(1).tolist())
         if not torch.equal(solved, self.dummy_images):
