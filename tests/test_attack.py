@@ -96,7 +96,8 @@ def test_the_strongest_attack_recovers_every_photo(image: int) -> None:
 
 
 def test_a_diverging_trial_stops_early_and_says_so() -> None:
-    record = run(case(image=0, seed=0, steps=300))
+    # steps of this length leave the pixels' range on every machine; whether usual ones do, rounding decides
+    record = run(case(image=0, seed=0, steps=300, attack="dlg:learning_rate=100"))
     assert record.status == "diverged"
     assert record.outcome == "failed"
     assert "diverged" in record.flags
@@ -176,12 +177,20 @@ def test_a_trial_does_not_depend_on_its_batch_mates(wide: bool) -> None:
 
 
 def test_a_row_that_ends_leaves_the_others_running() -> None:
-    diverging, sound = case(image=3, seed=2, steps=12), case(image=1, seed=1, steps=12)
-    first, second = together([diverging, sound])
-    assert (first.status, second.status) == ("diverged", "done")
-    assert len(first.history["mse"]) == len(first.history["objective"]) < 13
-    assert len(second.history["mse"]) == 13
-    assert first.closures < second.closures
+    cases = [case(image=i, seed=1, steps=5) for i in (3, 1)]
+    network, secrets = network_of(cases[0]), [secret_of(one, PHOTOS) for one in cases]
+    lost, sound = (leak_of(one, network, secret) for one, secret in zip(cases, secrets, strict=True))
+    attack, judge, guard = trial.attack_on(cases, network), Judge(secrets, 5), Guard(2, 60)
+    trial.trainer_on("cpu", [judge, guard]).fit(attack, trial.Frozen(stack([poisoned(lost), sound]), 5))
+    assert guard.verdicts == ["diverged", None]
+    assert [len(one.history["mse"]) for one in judge.cases] == [2, 6]
+    assert int(attack.closures[0]) < int(attack.closures[1])
+    assert float(attack.trace[-1][1]) < float(attack.trace[0][1])
+
+
+def poisoned(leak: Leak) -> Leak:
+    """What no dummy data have a finite objective against."""
+    return leak._replace(gradients={name: tensor * torch.nan for name, tensor in leak.gradients.items()})
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -202,13 +211,12 @@ def test_a_nan_objective_ends_the_trial() -> None:
     one = case(image=1, seed=1, steps=5)
     network = network_of(one)
     leak = leak_of(one, network, secret_of(one, PHOTOS))
-    poisoned = leak._replace(gradients={k: v * torch.nan for k, v in leak.gradients.items()})
     attack, judge, guard = (
         trial.attack_on([one], network),
         Judge([secret_of(one, PHOTOS)], 5),
         Guard(1, 60),
     )
-    trial.trainer_on("cpu", [judge, guard]).fit(attack, trial.Frozen(poisoned, one.steps))
+    trial.trainer_on("cpu", [judge, guard]).fit(attack, trial.Frozen(poisoned(leak), one.steps))
     assert guard.verdicts == ["diverged"]
     assert len(attack.trace) == 2  # the start, and the point to which its first step leads
     assert torch.equal(attack.result.images, attack.best_images)
