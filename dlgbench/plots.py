@@ -198,7 +198,7 @@ def evolution(group: Group, record: Record, arrays: Sequence[Array]) -> Figure:
     )
     columns, rows = [*arrays[2], arrays[1][0], arrays[0][0]], min(record.case.batch, MOST_ROWS)
     heads = [*(f"step {step}" for step in arrays[3]), "reconstruction", "private"]
-    side = min(240, (WIDTH - 2 * MARGIN - GAP) // len(columns) - GAP)
+    side = min(360, (WIDTH - 2 * MARGIN - GAP) // len(columns) - GAP)
     figure, page = page_of(190 + rows * (side + GAP), f"{group.label}: from noise to reconstruction", about)
     for column, (images, head) in enumerate(zip(columns, heads, strict=True)):
         x = MARGIN + column * (side + GAP) + 2 * GAP * (column >= len(arrays[3]))
